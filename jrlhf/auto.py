@@ -1,0 +1,376 @@
+"""The public model classes, with transformers' names and manners.
+
+model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+model(input_ids).logits
+model.generate(input_ids, max_new_tokens=20)      # prompt + completion
+model.save_pretrained("out")                      # transformers loads it
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrlhf.errors import ConfigError, ModelError, suggest
+from jrlhf.models.build import Net, Params
+from jrlhf.models.families import config_from_spec, spec_from_config
+from jrlhf.models.load import Source, load_pretrained, save_pretrained
+from jrlhf.models.tokenizer import load_tokenizer
+from jrlhf.rollout.generate import generate_like_transformers
+from jrlhf.sharding.mesh import make_mesh
+from jrlhf.sharding.place import params_shardings
+from jrlhf.sharding.rules import activate
+
+# Arguments of transformers' from_pretrained that have another name here, or none.
+_ELSEWHERE = {
+    "device_map": "give mesh={'fsdp': 4} instead",
+    "trust_remote_code": "jrlhf never runs code from a checkpoint",
+    "quantization_config": "quantised weights are not supported",
+    "load_in_8bit": "quantised weights are not supported",
+    "load_in_4bit": "quantised weights are not supported",
+    "attn_implementation": "the attention kernel follows the platform",
+}
+
+
+class ModelOutput(NamedTuple):
+    """What a model call returns.
+
+    Attributes:
+        logits: float32 [b s v] of a language model, [b num_labels] of a classifier.
+        value: float32 [b s] of a value head, else None.
+    """
+
+    logits: jax.Array
+    value: jax.Array | None = None
+
+
+class Model:
+    """A model on its devices: what `from_pretrained` returns and every trainer takes.
+
+    Attributes:
+        net: its pure functions.
+        source: the files it came from; None for random weights.
+        mesh: the mesh that its parameters lie on; None: one device.
+        name_or_path: what it was loaded by.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        params: Params,
+        *,
+        source: Source | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        name_or_path: str = "model",
+        tokenizer: Any = None,
+    ) -> None:
+        self.net, self.source, self.mesh = net, source, mesh
+        self.name_or_path = name_or_path
+        self._params: Params | Callable[[], Params] = params
+        self._tokenizer = tokenizer
+
+    @property
+    def params(self) -> Params:
+        """The parameters; during and after training the trained ones."""
+        return self._params() if callable(self._params) else self._params
+
+    @params.setter
+    def params(self, value: Params | Callable[[], Params]) -> None:
+        self._params = value
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of its files.
+
+        Raises:
+            ModelError: it was made from a config and has none.
+        """
+        if self._tokenizer is None:
+            if self.source is None:
+                raise ModelError(
+                    "This model has no files and so no tokenizer: pass processing_class."
+                )
+            self._tokenizer = load_tokenizer(self.source.path)
+        return self._tokenizer
+
+    @property
+    def config(self) -> Any:
+        """A transformers config with this model's sizes."""
+        from transformers import AutoConfig
+
+        origin = {} if self.source is None else dict(self.source.config)
+        values = {**origin, **config_from_spec(self.net.spec)}
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None
+    ) -> ModelOutput:
+        """Runs the model.
+
+        Args:
+            input_ids: [b s], padded on either side.
+            attention_mask: 1 for real tokens, [b s]; None: all are real.
+            position_ids: [b s]; None: counted over the real tokens.
+        """
+        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
+        if ids.ndim != 2:
+            raise ModelError(f"input_ids must be [rows, tokens], got shape {ids.shape}.")
+        mask = jnp.ones_like(ids) if attention_mask is None else _ints(attention_mask)
+        if position_ids is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        else:
+            positions = _ints(position_ids)
+        return _forward(self.net, self.params, ids, mask, positions, self.mesh)
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        seed: int = 0,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        min_new_tokens: int = 0,
+        pad_token_id: int | None = None,
+    ) -> np.ndarray:
+        """Samples or decodes greedily; returns prompt and completion, padded at the end.
+
+        `eos_token_id=None` takes the model's own, as transformers does; -1 never stops early. The
+        other arguments are those of `rollout.generate.generate_like_transformers`.
+        """
+        if eos_token_id is None:
+            eos_token_id = self.eos_token_ids or None
+        elif eos_token_id == -1:
+            eos_token_id = None
+        return generate_like_transformers(
+            self.net,
+            self.params,
+            np.asarray(input_ids),
+            None if attention_mask is None else np.asarray(attention_mask),
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            min_new_tokens=min_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            seed=seed,
+            mesh=self.mesh,
+        )
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end a generation: generation_config.json's, else config.json's."""
+        if self.source is None:
+            return []
+        found = (self.source.generation_config or {}).get("eos_token_id")
+        found = self.source.config.get("eos_token_id") if found is None else found
+        return [] if found is None else [int(i) for i in np.atleast_1d(found)]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: str = "float32",
+        max_shard_size: str | int = "5GB",
+        tokenizer: Any = None,
+    ) -> None:
+        """Writes safetensors, configs and tokenizer; transformers loads the same weights back."""
+        save_pretrained(
+            save_directory,
+            self.net,
+            self.params,
+            source=self.source,
+            tokenizer=tokenizer or self._tokenizer,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+        )
+
+    def respec(self, **changes: Any) -> Model:
+        """The same weights under a spec that differs in dtype, remat, trunk or value head."""
+        spec = self.net.spec.replace(**changes)
+        if spec == self.net.spec:
+            return self
+        net = Net(spec)
+        params = _restack(self.params, spec.trunk_layers)
+        if spec.value_head and "value" not in params:
+            params["value"] = jax.jit(lambda key: net.init(key)["value"])(jax.random.key(0))
+        if not spec.value_head:
+            params.pop("value", None)
+        if self.mesh is not None:
+            params = jax.device_put(params, params_shardings(net, params, self.mesh))
+        return Model(
+            net,
+            params,
+            source=self.source,
+            mesh=self.mesh,
+            name_or_path=self.name_or_path,
+            tokenizer=self._tokenizer,
+        )
+
+
+def _ints(x: Any) -> jax.Array:
+    return jnp.asarray(np.asarray(x), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("net", "mesh"))
+def _forward(
+    net: Net,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+) -> ModelOutput:
+    with activate(mesh):
+        hidden = net.hidden(params, ids, segments=mask, positions=positions)
+        if net.spec.head == "classifier":
+            # The last real token stands at the last 1 of the mask, wherever the padding is.
+            ends = ids.shape[1] - jnp.argmax(mask[:, ::-1], axis=1)
+            return ModelOutput(net.scores(params, hidden, ends))
+        head = net.head(params)
+        logits = jnp.einsum(
+            "bsd,dv->bsv", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32
+        )
+        return ModelOutput(logits, net.values(params, hidden) if net.spec.value_head else None)
+
+
+def _restack(params: Params, trunk: int) -> Params:
+    """Moves the border between the frozen lower layers and the rest."""
+    stacks = [params[name] for name in ("trunk", "layers") if name in params]
+    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+    out = {name: value for name, value in params.items() if name not in ("trunk", "layers")}
+    count = jax.tree.leaves(whole)[0].shape[0]
+    if trunk:
+        out["trunk"] = jax.tree.map(lambda x: x[:trunk], whole)
+    if trunk < count:
+        out["layers"] = jax.tree.map(lambda x: x[trunk:], whole)
+    return out
+
+
+class _Auto:
+    """Shared by the three factories; never instantiated."""
+
+    _choices: Mapping[str, Any] = {}
+    _extra: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        raise ModelError(f"{type(self).__name__} is a factory: call its from_pretrained.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: str = "float32",
+        mesh: Any = None,
+        num_layers_unfrozen: int = -1,
+        remat: str = "none",
+        seed: int = 0,
+        **more: Any,
+    ) -> Model:
+        """Loads a hub id, a Hugging Face directory, a GGUF file or a glassllm directory.
+
+        Args:
+            pretrained_model_name_or_path: what to load.
+            dtype: compute type, "float32" or "bfloat16"; the weights are float32.
+            mesh: a mesh, or its sizes ({"fsdp": 4} or "fsdp=4"); None: one device.
+            num_layers_unfrozen: upper layers that are trained; -1: all.
+            remat: policy of recomputation in the backward pass.
+            seed: of heads that the checkpoint does not have.
+            **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`.
+
+        Raises:
+            MissingFileError, UnsupportedModelError, MissingWeightError, MeshError, ConfigError
+        """
+        dtype = _dtype(more.pop("torch_dtype", dtype))
+        choices = {**cls._choices, **{k: more.pop(k) for k in cls._extra if k in more}}
+        for name in more:
+            if name in _ELSEWHERE:
+                raise ConfigError(f"from_pretrained: {name} is not supported: {_ELSEWHERE[name]}.")
+            known = ["dtype", "mesh", "num_layers_unfrozen", "remat", "seed", *cls._extra]
+            raise ConfigError(f"from_pretrained has no argument {name!r}.{suggest(name, known)}")
+        placed = as_mesh(mesh)
+        layout = None
+        if placed is not None:
+            layout = functools.partial(_layout, mesh=placed)
+        net, params, source = load_pretrained(
+            pretrained_model_name_or_path,
+            dtype=dtype,
+            num_layers_unfrozen=num_layers_unfrozen,
+            remat=remat,
+            shardings=layout,
+            key=jax.random.key(seed),
+            **choices,
+        )
+        name = str(pretrained_model_name_or_path)
+        return Model(net, params, source=source, mesh=placed, name_or_path=name)
+
+    @classmethod
+    def from_config(
+        cls, config: Any, *, seed: int = 0, mesh: Any = None, tokenizer: Any = None, **choices: Any
+    ) -> Model:
+        """A model with random weights from a transformers config or a config.json's dict."""
+        values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        net = Net(spec_from_config(values, **{**cls._choices, **choices}))
+        placed = as_mesh(mesh)
+        shardings = None if placed is None else params_shardings(net, net.abstract(), placed)
+        params = jax.jit(net.init, out_shardings=shardings)(jax.random.key(seed))
+        return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
+
+
+def _layout(net: Net, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
+    return params_shardings(net, abstract, mesh)
+
+
+def as_mesh(mesh: Any) -> jax.sharding.Mesh | None:
+    """A mesh as it is, sizes as a mesh, None as None."""
+    return mesh if mesh is None or isinstance(mesh, jax.sharding.Mesh) else make_mesh(mesh)
+
+
+def _dtype(value: Any) -> str:
+    """ "float32", jnp.float32, torch.float32 or np.dtype -> "float32"."""
+    name = getattr(value, "__name__", None) or str(value)
+    name = {"auto": "float32", "bf16": "bfloat16", "fp32": "float32"}.get(
+        name.removeprefix("torch."), name.removeprefix("torch.")
+    )
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype must be float32 or bfloat16, got {value!r}.")
+    return name
+
+
+class AutoModelForCausalLM(_Auto):
+    """Language models."""
+
+    _choices = {"head": "causal"}
+
+
+class AutoModelForCausalLMWithValueHead(_Auto):
+    """Language models with a scalar value per token, for PPO."""
+
+    _choices = {"head": "causal", "value_head": True}
+
+
+class AutoModelForSequenceClassification(_Auto):
+    """Classifiers and reward models (num_labels=1): the score of the last real token."""
+
+    _choices = {"head": "classifier"}
+    _extra = ("num_labels",)

@@ -1,0 +1,335 @@
+"""Configuration: frozen dataclasses with TRL's field names, and how text becomes one.
+
+Every public config is `@config class DPOConfig(DPO, TrainingConfig)`: the algorithm's hyperparameters
+(declared once, in `algos/`) beside the fields of the training run. `@config` gives the class TRL's
+manners: old names are translated with a DeprecationWarning, known fields that cannot work here are
+refused by name, and any other unknown key is an error with a suggestion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from jrlhf.errors import ConfigError, MissingFileError, UnsupportedFieldError, suggest
+
+T = TypeVar("T")
+
+# Fields of transformers' TrainingArguments and of TRL that mean something only to PyTorch, with what to
+# write instead. Absent from this table and from the class: an unknown key.
+REFUSED: dict[str, str] = {
+    "fp16": "float16 needs loss scaling; use bf16=True",
+    "deepspeed": "use mesh, for example mesh={'fsdp': 8}",
+    "fsdp": "use mesh, for example mesh={'fsdp': 8}",
+    "fsdp_config": "use mesh, for example mesh={'fsdp': 8}",
+    "accelerator_config": "one process drives all local devices; use mesh",
+    "torch_compile": "every step is compiled already",
+    "trust_remote_code": "jrlhf never runs code from a checkpoint",
+    "load_in_8bit": "quantised base weights are not supported",
+    "load_in_4bit": "quantised base weights are not supported",
+    "peft_config": "adapters are not supported; use num_layers_unfrozen to train the upper layers only",
+    "ds3_gather_for_generation": "parameters are re-laid-out by the compiler; leave it out",
+    "use_liger_kernel": "log-probs never build the [batch, sequence, vocabulary] array; leave it out",
+    "use_liger_loss": "log-probs never build the [batch, sequence, vocabulary] array; leave it out",
+    "neftune_noise_alpha": "embedding noise is not supported",
+    "auto_find_batch_size": "choose per_device_train_batch_size; shapes are fixed when compiled",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The fields every trainer shares, by transformers' and TRL's names.
+
+    Attributes:
+        output_dir: where metrics, checkpoints and the trained model go; None: "<model>-<trainer>".
+        per_device_train_batch_size: examples per data shard and micro-batch. The global batch is this
+            times the mesh's data and fsdp axes times `gradient_accumulation_steps`.
+        per_device_eval_batch_size: the same for evaluation.
+        gradient_accumulation_steps: micro-batches summed into one update.
+        learning_rate: peak learning rate.
+        weight_decay: decoupled weight decay; never on norms and biases.
+        adam_beta1: decay of the first moment (also lion's).
+        adam_beta2: decay of the second moment (also lion's).
+        adam_epsilon: added to the root of the second moment.
+        max_grad_norm: global-norm clip; 0 turns it off.
+        num_train_epochs: passes over the data; may be fractional.
+        max_steps: optimizer steps; > 0 overrides `num_train_epochs`.
+        lr_scheduler_type: linear, cosine, cosine_with_min_lr, constant, constant_with_warmup, ….
+        lr_scheduler_kwargs: extra arguments of the schedule, e.g. {"min_lr_rate": 0.1}.
+        warmup_ratio: share of the steps spent warming up; `warmup_steps` wins.
+        warmup_steps: steps of linear warm-up.
+        optim: adamw, sgd, adafactor, lion or muon (transformers' adamw_* names mean adamw).
+        logging_steps: log every so many steps.
+        eval_strategy: "no", "steps" or "epoch".
+        eval_steps: with "steps": evaluate every so many (default: logging_steps).
+        save_strategy: "no", "steps" or "epoch".
+        save_steps: with "steps": checkpoint every so many.
+        save_total_limit: keep so many checkpoints; None keeps all.
+        seed: of everything random; with `data_seed` None also of the data order.
+        data_seed: seed of the data order alone.
+        bf16: compute in bfloat16 with float32 master weights; None: on for TPU and GPU, off on CPU.
+        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing_kwargs: {"policy": name of a remat policy}.
+        num_layers_unfrozen: train only the top so many layers (trlX's name); -1 trains all.
+        mesh: device mesh, {"data": 1, "fsdp": 4, "tensor": 2} or "data=1,fsdp=4"; -1 fills up.
+        report_to: "tensorboard", "wandb", a list of them, or None ("none") for metrics.jsonl alone.
+        run_name: name of the run in W&B.
+        logging_dir: directory of TensorBoard's files; None: `output_dir/runs`.
+        dataloader_drop_last: drop the last short batch instead of padding it with empty rows.
+        pad_to_multiple_of: sequence lengths are rounded up to this.
+        disable_tqdm: True prints plain lines; None: a bar on a terminal, lines elsewhere.
+        resume_from_checkpoint: True (the newest), or a checkpoint's path.
+        model_init_kwargs: arguments of `from_pretrained` when the model is given by name.
+        push_to_hub: only False is supported.
+    """
+
+    output_dir: str | None = None
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0
+    optim: str = "adamw"
+    logging_steps: int = 10
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_steps: int | None = None
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    seed: int = 42
+    data_seed: int | None = None
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    num_layers_unfrozen: int = -1
+    mesh: dict[str, int] | str | None = None
+    report_to: str | list[str] | None = None
+    run_name: str | None = None
+    logging_dir: str | None = None
+    dataloader_drop_last: bool = False
+    pad_to_multiple_of: int = 8
+    disable_tqdm: bool | None = None
+    resume_from_checkpoint: bool | str | None = None
+    model_init_kwargs: dict[str, Any] | None = None
+    push_to_hub: bool = False
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "evaluation_strategy": "eval_strategy",
+        "log_with": "report_to",
+        "batch_size": "per_device_train_batch_size",
+    }
+
+    def __post_init__(self) -> None:
+        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
+                    "gradient_accumulation_steps", "save_steps", "pad_to_multiple_of")  # fmt: skip
+        for name in positive:
+            _check(getattr(self, name) >= 1, self, name, "must be at least 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            _check(getattr(self, name) >= 0, self, name, "must not be negative")
+        _check(0 <= self.warmup_ratio <= 1, self, "warmup_ratio", "must lie in [0, 1]")
+        _check(self.max_steps > 0 or self.num_train_epochs > 0, self, "num_train_epochs",
+               "must be positive unless max_steps is")  # fmt: skip
+        if self.push_to_hub:
+            raise UnsupportedFieldError(
+                "push_to_hub=True is not supported: train, then upload output_dir/model yourself"
+            )
+
+
+def _check(ok: bool, owner: Any, name: str, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{type(owner).__name__}.{name} {rule}, got {getattr(owner, name)!r}.")
+
+
+def config(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen keyword-only dataclass whose constructor knows old and refused names."""
+    # Each parent checks its own fields; without this only the first parent's check would run.
+    checks = [b.__dict__["__post_init__"] for b in cls.__mro__ if "__post_init__" in b.__dict__]
+
+    def __post_init__(self: Any) -> None:
+        for check in checks:
+            check(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    build = made.__init__
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        if args:
+            raise ConfigError(f"{made.__name__} takes keyword arguments only, got {args!r}.")
+        build(self, **check_types(made, translate(made, values)))
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made
+
+
+def aliases(cls: type) -> dict[str, str]:
+    """All old names of a config class, its own before its parents'."""
+    table: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        table.update(base.__dict__.get("ALIASES", {}))
+    return table
+
+
+def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames old fields, refuses the impossible and the unknown.
+
+    Raises:
+        UnsupportedFieldError: a field of TRL or transformers that cannot work here.
+        ConfigError: an unknown field, or an old and a new name given together.
+    """
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    old = aliases(cls)
+    refused = {**REFUSED, **getattr(cls, "REFUSED", {})}
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        target = name
+        if name in old and name not in known:
+            target = old[name]
+            warnings.warn(
+                f"{cls.__name__}: {name} is now {target}.", DeprecationWarning, stacklevel=4
+            )
+        elif name not in known:
+            if name in refused and value in (None, False):
+                continue  # asks for nothing
+            if name in refused:
+                raise UnsupportedFieldError(
+                    f"{cls.__name__}: {name} is not supported: {refused[name]}."
+                )
+            hint = suggest(name, [*known, *old])
+            raise ConfigError(f"{cls.__name__} has no field {name!r} (value {value!r}).{hint}")
+        if target in out or (target != name and target in values):
+            raise ConfigError(
+                f"{cls.__name__}: {name} and {target} mean the same; give one of them."
+            )
+        out[target] = value
+    return out
+
+
+def check_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Converts what can be converted without loss (1 -> 1.0, "1e-5" -> 1e-5) and refuses the rest."""
+    hints = typing.get_type_hints(cls)
+    return {
+        name: _convert(cls.__name__, name, hints[name], value) for name, value in values.items()
+    }
+
+
+def _convert(owner: str, name: str, kind: Any, value: Any) -> Any:
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for member in members:
+        if _is_instance(value, member):
+            return value
+    for member in members:
+        if member is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if member is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if member in (float, int) and isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
+            try:
+                return member(value)
+            except ValueError:
+                continue
+    choices = [c for m in members if get_origin(m) is Literal for c in get_args(m)]
+    if choices:
+        hint = suggest(str(value), [str(c) for c in choices])
+        raise ConfigError(f"{owner}.{name} must be one of {choices}, got {value!r}.{hint}")
+    wanted = " or ".join(getattr(m, "__name__", str(m)) for m in members)
+    raise ConfigError(f"{owner}.{name} must be {wanted}, got {value!r} ({type(value).__name__}).")
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if kind is Any:
+        return True
+    if kind is None or kind is type(None):
+        return value is None
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is not None:
+        return isinstance(value, origin)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+# ------------------------------------------------------------------ files and command lines
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping with the safe loader; a key given twice is an error."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise MissingFileError(f"There is no configuration file {str(file)!r}.")
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any, deep: bool = False) -> dict:
+        keys = [loader.construct_object(k, deep=deep) for k, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise ConfigError(
+                f"{file}: {twice[0]!r} is given twice (line {node.start_mark.line + 1})."
+            )
+        return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        loaded = Loader(file.read_text(encoding="utf-8")).get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{file} must hold a mapping of names to values, got {type(loaded).__name__}."
+        )
+    return loaded
+
+
+def parse_text(kind: Any, text: str) -> Any:
+    """A command-line word as a value of the annotated type; `_convert` judges the result."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    lowered = text.strip().lower()
+    if lowered in ("none", "null") and type(None) in members:
+        return None
+    if bool in members and lowered in ("true", "false", "yes", "no", "on", "off"):
+        return lowered in ("true", "yes", "on")
+    if int in members or float in members:
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    if any(get_origin(m) in (dict, list) for m in members) and text[:1] in "[{":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{text!r} is not valid JSON: {error}") from None
+    if str not in members and any(get_origin(m) is list for m in members):
+        return [part for part in text.split(",") if part]
+    return text
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """The config as JSON-ready values, for logs and checkpoints."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}

@@ -1,0 +1,231 @@
+"""A model as pure functions of a params pytree: the only place that splits and merges NNX modules.
+
+`Net` is static and hashable (close over it, or pass it as a static argument); `params` is a nested
+dict of arrays. Everything below is traceable and meant to be called inside `jax.jit`.
+
+    net = Net(spec)
+    params = jax.jit(net.init)(jax.random.key(0))
+    hidden = net.hidden(params, ids, lengths=lengths)          # [b s d]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.errors import ModelError
+from jrlhf.models.attention import causal_mask, segment_mask
+from jrlhf.models.axes import Axes
+from jrlhf.models.cache import Cache
+from jrlhf.models.decoder import Context, Decoder
+from jrlhf.models.heads import last_token
+from jrlhf.models.rope import rotation
+from jrlhf.models.spec import DecoderSpec
+
+Params = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(spec: DecoderSpec, unrolled: bool) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """The static half of the module and its abstract state."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(spec, jax.random.key(0), unrolled=unrolled)))
+
+
+def _module(spec: DecoderSpec, params: Params) -> Decoder:
+    """Merges params into a module, for the duration of one traced call."""
+    layers = params.get("layers")
+    if isinstance(layers, list | tuple):
+        params = {**params, "layers": dict(enumerate(layers))}
+        return nnx.merge(_graph(spec, True)[0], params)
+    return nnx.merge(_graph(spec, False)[0], params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A decoder and its heads.
+
+    The params tree: `embed.table [v d]`, `layers.{attn_norm, attn.{q k v o}, mlp_norm, mlp.{gate up
+    down}}` stacked [l ...], `norm.scale`, and as the spec says `trunk` (like `layers`),
+    `head.kernel [d v]`, `score.kernel [d n]`, `value.{kernel [d 1], bias [1]}`. Kernels are
+    [inputs..., outputs...]: q [d h e], k and v [d k e], o [h e d], gate and up [d f], down [f d].
+    """
+
+    spec: DecoderSpec
+
+    def init(self, key: Array) -> Params:
+        """Draws float32 weights: N(0, initializer_range^2), norms 1, biases 0, as transformers."""
+        return nnx.to_pure_dict(nnx.split(Decoder(self.spec, key))[1])
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of `init`, without computing anything."""
+        return nnx.to_pure_dict(_graph(self.spec, False)[1])
+
+    def axes(self) -> dict[str, Any]:
+        """Logical axis names, a tuple per parameter, in the structure of params."""
+        state = _graph(self.spec, False)[1]
+
+        def names(variable: nnx.Variable[Any]) -> Axes:
+            return variable.get_metadata()["axes"]
+
+        named = jax.tree.map(names, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return nnx.to_pure_dict(named)
+
+    def hidden(
+        self,
+        params: Params,
+        ids: Int[Array, "b s"],
+        *,
+        segments: Int[Array, "b s"] | None = None,
+        positions: Int[Array, "b s"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Hidden states after the final norm, in the compute dtype.
+
+        Args:
+            params: stacked, or unstacked.
+            ids: tokens. Their values at padding never matter for real positions.
+            segments: document of each token, 0 for padding; tokens see their own document only.
+                Needed for packed rows and for padding on the left. Without it rows are taken as
+                right-padded, where causality alone keeps padding out.
+            positions: RoPE position of each token; 0, 1, ... by default.
+            lengths: accepted so that callers can pass a batch as it is; causality makes it
+                redundant for right-padded rows.
+
+        Returns:
+            [b s d]; at padding the values are finite and mean nothing.
+        """
+        del lengths
+        return _module(self.spec, params).hidden(ids, self._context(ids, segments, positions))
+
+    def head(self, params: Params) -> Float[Array, "d v"]:
+        """The map from hidden states to logits, in the compute dtype."""
+        if self.spec.head != "causal":
+            raise ModelError("A classifier has no causal head: load it with head='causal'.")
+        return _module(self.spec, params).head_kernel()
+
+    def values(self, params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
+        """Value estimates of hidden states, float32."""
+        if not self.spec.value_head:
+            raise ModelError("This model has no value head: load it with value_head=True.")
+        return _module(self.spec, params).value(hidden)[..., 0]
+
+    def scores(
+        self, params: Params, hidden: Float[Array, "b s d"], lengths: Int[Array, " b"]
+    ) -> Float[Array, "b n"]:
+        """Classifier scores at each row's last real token, float32.
+
+        transformers takes the last token that is not `pad_token_id` instead; the two differ where a
+        text ends in the padding token itself, which here counts as text.
+        """
+        if self.spec.head != "classifier":
+            raise ModelError("This model has no classifier: load it with head='classifier'.")
+        return _module(self.spec, params).score(last_token(hidden, lengths))
+
+    def prefill(
+        self, params: Params, ids: Int[Array, "b s"], lengths: Int[Array, " b"], *, cache_size: int
+    ) -> tuple[Float[Array, "b s d"], Cache]:
+        """Runs right-padded prompts and fills cache slots 0 .. s-1.
+
+        Args:
+            params: unstacked params decode fastest; stacked ones work.
+            ids: right-padded prompts.
+            lengths: real tokens per row; redundant as in `hidden`.
+            cache_size: slots of the cache, at least s.
+
+        Returns:
+            Hidden states after the final norm, and the cache.
+        """
+        del lengths
+        if cache_size < ids.shape[1]:
+            raise ModelError(f"cache_size={cache_size} is less than the {ids.shape[1]} prompt ids.")
+        module = _module(self.spec, params)
+        return module.prefill(ids, self._context(ids, None, None), cache_size=cache_size)
+
+    def decode(
+        self,
+        params: Params,
+        ids: Int[Array, " b"],
+        positions: Int[Array, " b"],
+        cache: Cache,
+        *,
+        slot: Int[Array, ""] | int,
+        valid: Bool[Array, "b t"],
+    ) -> tuple[Float[Array, "b d"], Cache]:
+        """Runs one token per row and writes it to the same cache slot in all rows.
+
+        Args:
+            params: as returned by `unstack`.
+            ids: the tokens.
+            positions: RoPE position of each row's token.
+            cache: of `prefill` or the last `decode`.
+            slot: where this token's keys and values go.
+            valid: slots that each row may read, `slot` itself included.
+
+        Returns:
+            Hidden states after the final norm, and the cache with the slot written.
+        """
+        angles = rotation(positions[:, None], rope=self.spec.rope, head_dim=self.spec.head_dim)
+        context = Context(angles, valid[:, None, :], jnp.asarray(slot, jnp.int32))
+        hidden, cache = _module(self.spec, params).decode(ids[:, None], context, cache)
+        return hidden[:, 0], cache
+
+    def unstack(self, params: Params) -> Params:
+        """Params for decoding: layers as a list, weights cast to the compute dtype once.
+
+        Slicing a stack costs a copy of the weights at every token; here it is paid once per
+        rollout. Norms, biases, the value head and the classifier keep their own type.
+        """
+        cast = {key: value for key, value in params.items() if key not in ("trunk", "layers")}
+        layers: list[Any] = []
+        for name in ("trunk", "layers"):
+            if name in params:
+                count = jax.tree.leaves(params[name])[0].shape[0]
+                layers += [
+                    jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(count)
+                ]
+        cast["layers"] = layers
+
+        def lower(path: tuple[Any, ...], leaf: Array) -> Array:
+            names = {str(getattr(key, "key", "")) for key in path}
+            is_dot = bool(names & {"kernel", "table"}) and not names & {"value", "score"}
+            return leaf.astype(self.spec.dtype) if is_dot else leaf
+
+        return jax.tree_util.tree_map_with_path(lower, cast)
+
+    def _context(
+        self,
+        ids: Int[Array, "b s"],
+        segments: Int[Array, "b s"] | None,
+        positions: Int[Array, "b s"] | None,
+    ) -> Context:
+        """Mask and rotation of a whole forward."""
+        if positions is None:
+            positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        mask = causal_mask(ids.shape[1]) if segments is None else segment_mask(segments)
+        angles = rotation(positions, rope=self.spec.rope, head_dim=self.spec.head_dim)
+        return Context(angles, mask)
+
+
+def partition(params: Params, net: Net) -> tuple[Params, Params]:
+    """Splits params into (trainable, frozen).
+
+    With `trunk_layers` the trunk and the embedding (which is the head too when tied) are frozen;
+    otherwise everything is trainable. Both halves are plain sub-dicts, so they can be passed to a
+    jitted function apart: gradients with respect to `trainable` never enter the trunk.
+    """
+    frozen = {"trunk", "embed"} if net.spec.trunk_layers else set()
+    return (
+        {key: value for key, value in params.items() if key not in frozen},
+        {key: value for key, value in params.items() if key in frozen},
+    )
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    """Puts the two halves of `partition` together again."""
+    return {**frozen, **trainable}

@@ -1,0 +1,72 @@
+"""The model families that jrlhf reads: one file each, one line each in `FAMILIES`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jrlhf.errors import UnsupportedModelError, suggest
+from jrlhf.models.families import llama
+from jrlhf.models.families.weights import Weight
+from jrlhf.models.spec import DecoderSpec
+
+__all__ = ["FAMILIES", "Family", "Weight", "config_from_spec", "family_of", "spec_from_config"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one `model_type` is read and written.
+
+    Attributes:
+        read: config.json as a dict -> spec (without the caller's choices: head, dtype, ...).
+        write: spec -> the keys of config.json that the spec decides.
+        weights: spec -> the rows of its weight table.
+        ignored: names (regular expressions) that old checkpoints carry and nobody needs.
+    """
+
+    read: Callable[[Mapping[str, Any]], DecoderSpec]
+    write: Callable[[DecoderSpec], dict[str, Any]]
+    weights: Callable[[DecoderSpec], tuple[Weight, ...]]
+    ignored: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        read=llama.read, write=llama.write, weights=llama.weights, ignored=llama.IGNORED
+    ),
+}
+
+
+def _family(model_type: str | None) -> Family:
+    if model_type not in FAMILIES:
+        known = sorted(FAMILIES)
+        raise UnsupportedModelError(
+            f"model_type={model_type!r} is not implemented; known: {', '.join(known)}."
+            + suggest(str(model_type), known)
+        )
+    return FAMILIES[model_type]
+
+
+def family_of(spec: DecoderSpec) -> Family:
+    """The family that names a spec's weights."""
+    return _family(spec.model_type)
+
+
+def spec_from_config(config: Mapping[str, Any], **choices: object) -> DecoderSpec:
+    """Makes a spec from a config.json.
+
+    Args:
+        config: config.json as a dict, of transformers 4 or 5.
+        **choices: fields of the spec that a config does not decide: head, num_labels, value_head,
+            trunk_layers, dtype, remat.
+
+    Raises:
+        UnsupportedModelError: a model type, rope type, activation or flag that is not implemented.
+    """
+    return _family(config.get("model_type")).read(config).replace(**choices)
+
+
+def config_from_spec(spec: DecoderSpec) -> dict[str, Any]:
+    """The config.json that transformers needs to load a model of this spec."""
+    return family_of(spec).write(spec)

@@ -1,0 +1,1 @@
+"""Hugging Face's files: safetensors, its index, config.json and generation_config.json."""

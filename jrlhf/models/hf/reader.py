@@ -1,0 +1,139 @@
+"""Reads a directory of safetensors: names and shapes at once, values only as far as asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jrlhf.errors import MissingFileError, ModelError, UnsupportedModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint(Protocol):
+    """Weights under Hugging Face's names and in its layout, whatever the file format is.
+
+    Attributes:
+        kind: the file format: "hf", "gguf" or "glassllm".
+        path: the directory or file.
+        config: what config.json says, or what it would say.
+        generation_config: what generation_config.json says, or None.
+        shapes: every tensor's name and shape.
+    """
+
+    kind: str
+    path: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One rectangular part of a tensor, touching no more of the file than it must."""
+        ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, expected an object.")
+    return value
+
+
+class SafetensorsCheckpoint:
+    """A directory with config.json and one or several safetensors files."""
+
+    kind = "hf"
+
+    def __init__(self, path: Path) -> None:
+        """Opens every shard and reads its header.
+
+        Raises:
+            MissingFileError: no config.json, no weights, or a shard that the index names is absent.
+            ModelError: a file is damaged, or the index names something other than a plain file.
+        """
+        self.path = path
+        config = path / "config.json"
+        if not config.is_file():
+            raise MissingFileError(f"{path} has no config.json: it is not a model directory.")
+        self.config: Mapping[str, Any] = read_json(config)
+        generation = path / "generation_config.json"
+        self.generation_config: Mapping[str, Any] | None = (
+            read_json(generation) if generation.is_file() else None
+        )
+        self._slices: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._files():
+            self._open(file)
+
+    def _files(self) -> list[Path]:
+        """The shards; as in transformers, a single file wins over an index."""
+        if (self.path / SINGLE).is_file():
+            return [self.path / SINGLE]
+        if not (self.path / INDEX).is_file():
+            others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt"))
+            hint = f" It has {', '.join(others)}: convert them to safetensors." if others else ""
+            raise MissingFileError(f"{self.path} has neither {SINGLE} nor {INDEX}.{hint}")
+        weight_map = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{self.path / INDEX} has no weight_map.")
+        names = sorted({_plain_name(value) for value in weight_map.values()})
+        absent = [name for name in names if not (self.path / name).is_file()]
+        if absent:
+            raise MissingFileError(f"{self.path} lacks shards of its index: {', '.join(absent)}.")
+        return [self.path / name for name in names]
+
+    def _open(self, file: Path) -> None:
+        import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+        from safetensors import safe_open
+
+        with _named(file):
+            handle = safe_open(file, framework="np")
+            for name in handle.keys():  # noqa: SIM118  (not iterable itself)
+                part = handle.get_slice(name)
+                self._slices[name] = part
+                self.shapes[name] = tuple(part.get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        part = self._slices[name]
+        if part.get_dtype() not in DTYPES:
+            raise UnsupportedModelError(
+                f"{name} in {self.path} is stored as {part.get_dtype()};"
+                f" known: {', '.join(DTYPES)}."
+            )
+        with _named(self.path):
+            return part[index]
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Turns the library's error about a damaged file into ours, with the file's name."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _plain_name(value: object) -> str:
+    """A shard's file name, refused unless it can only mean a file inside the directory."""
+    name = value if isinstance(value, str) else ""
+    plain = name and not name.startswith(".") and not set(name) & set("/\\:\0")
+    if not plain or not name.endswith(".safetensors"):
+        raise ModelError(f"{INDEX} names {value!r}, expected a plain *.safetensors file name.")
+    return name

@@ -1,0 +1,1 @@
+"""Where arrays live: the mesh, logical axis rules, placement and processes."""

@@ -1,0 +1,1 @@
+"""The one step, the host loop around it, and what they write."""

@@ -1,0 +1,212 @@
+"""What all faces share: the run itself, evaluation, saving, and what users may look at.
+
+A face prepares rows, models and an algorithm in its constructor and calls `_prepare`; nothing is
+compiled before `train` or `evaluate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jrlhf.auto import Model
+from jrlhf.errors import ConfigError
+from jrlhf.models.build import combine, partition
+from jrlhf.rollout.score import Actor
+from jrlhf.sharding.place import params_shardings, put_batch
+from jrlhf.train.callbacks import TrainerState
+from jrlhf.train.loop import Loop, TrainOutput
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.state import TrainState, new_state, state_shardings
+from jrlhf.train.step import make_evaluation, make_step
+from jrlhf.types import Batch, PyTree
+
+log = logging.getLogger(__name__)
+
+
+class LoaderSource:
+    """The offline source of the loop: a loader's batches on the device, perhaps annotated."""
+
+    def __init__(
+        self,
+        loader: Any,
+        mesh: jax.sharding.Mesh,
+        annotate: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        self.loader, self.mesh = loader, mesh
+        self._annotate = annotate or (lambda batch: batch)
+
+    def batch(self, step: int, state: TrainState | None = None) -> Batch:
+        return self._annotate(put_batch(self.mesh, self.loader.batch(step)))
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {}  # the order is a function of (seed, epoch, step)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        pass
+
+
+class Trainer:
+    """Abstract: `train`, `evaluate`, `save_model` and `state`, as in transformers.
+
+    Attributes:
+        args: the config.
+        model: the model in training; its `params` are the newest ones.
+        processing_class: its tokenizer.
+    """
+
+    args: Any
+    model: Model
+    processing_class: Any
+    _loop: Loop
+
+    def _prepare(
+        self,
+        *,
+        actor: Actor,
+        source: Any,
+        total_steps: int,
+        steps_per_epoch: int | None,
+        evaluation: Callable[[], Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        keep_start: bool = False,
+        entropy: bool = False,
+        value_model: Model | None = None,
+    ) -> None:
+        """Joins the parts into a loop.
+
+        Args:
+            actor: the policy (or classifier) as a function of (trainable, frozen).
+            source: the loop's source of batches.
+            total_steps: of the run.
+            steps_per_epoch: None where there are no epochs.
+            evaluation: makes the source of the evaluation set.
+            callbacks: of the user.
+            keep_start: the starting parameters stay alive, for they are the reference.
+            entropy: the loss also logs the entropy.
+            value_model: a separate value model, trained together with the policy.
+        """
+        self._value_model, self._keep_start = value_model, keep_start
+        self._total_steps = total_steps
+        trainable, frozen = self._split()
+        mesh = self.model.mesh
+        axes = self._trees(lambda model: partition(model.net.axes(), model.net)[0])
+        self._tx, schedule = make_optimizer(self.args, total_steps, axes=axes)
+        placed = self._trees(
+            lambda model: params_shardings(
+                model.net, partition(model.net.abstract(), model.net)[0], mesh
+            )
+        )
+        self._shardings = state_shardings(self._tx, trainable, placed)
+        loss = functools.partial(actor.loss, self.args, entropy=entropy)
+        step = make_step(
+            loss,
+            self._tx,
+            accumulate=self.args.gradient_accumulation_steps,
+            max_grad_norm=self.args.max_grad_norm,
+            mesh=mesh,
+            shardings=self._shardings,
+            schedule=schedule,
+        )
+        self._sums = make_evaluation(loss, mesh=mesh)
+        self._frozen, self._evaluation = frozen, evaluation
+        self._loop = Loop(
+            args=self.args,
+            step=step,
+            source=source,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            evaluate=self._evaluate if evaluation else None,
+            callbacks=callbacks or (),
+            context={"model": self.model, "processing_class": self.processing_class},
+        )
+
+    def _trees(self, part: Callable[[Model], PyTree]) -> PyTree:
+        """A tree of the trained parameters: the policy's, or {"policy": …, "value": …}."""
+        if self._value_model is None:
+            return part(self.model)
+        return {"policy": part(self.model), "value": part(self._value_model)}
+
+    def _split(self) -> tuple[PyTree, PyTree]:
+        return tuple(self._trees(lambda m, i=i: partition(m.params, m.net)[i]) for i in (0, 1))  # type: ignore[misc]
+
+    # -------------------------------------------------------------- the public face
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Trains to the end and returns (global_step, training_loss, metrics).
+
+        Args:
+            resume_from_checkpoint: True (the newest in output_dir) or a checkpoint's directory.
+
+        Raises:
+            CheckpointError: there is nothing to resume from, or it does not fit.
+            TrainingInterrupted: SIGTERM or SIGINT came; the last step is saved.
+        """
+        trainable, _ = self._split()
+        state = new_state(
+            trainable, self._tx, shardings=self._shardings, donate=not self._keep_start
+        )
+        loop = self._loop
+        loop.state = state
+        self._follow(loop)
+        _, output = loop.run(state, self._frozen, resume_from_checkpoint=resume_from_checkpoint)
+        return output
+
+    def _follow(self, loop: Loop) -> None:
+        """From now on the models' parameters are those of the loop's newest state."""
+
+        def newest(name: str | None) -> PyTree:
+            assert loop.state is not None
+            if name is None:
+                return combine(loop.state.params, self._frozen)
+            return combine(loop.state.params[name], self._frozen[name])
+
+        split = self._value_model is not None
+        self.model.params = functools.partial(newest, "policy" if split else None)
+        if self._value_model is not None:
+            self._value_model.params = functools.partial(newest, "value")
+
+    def evaluate(
+        self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the evaluation set, divided once at its end."""
+        if eval_dataset is not None:
+            self._evaluation = self._evaluation_of(eval_dataset)
+        if self._evaluation is None:
+            raise ConfigError(f"{type(self).__name__}.evaluate needs an eval_dataset.")
+        metrics = self._evaluate(None, metric_key_prefix)
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        return metrics
+
+    def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:
+        raise ConfigError(f"{type(self).__name__} has no evaluation loss.")
+
+    def _evaluate(self, state: TrainState | None, prefix: str = "eval") -> dict[str, float]:
+        assert self._evaluation is not None
+        source = self._evaluation()
+        trainable = self._split()[0] if state is None else state.params
+        batches = (source.batch(step) for step in range(source.loader.steps_per_epoch))
+        values = self._sums(trainable, self._frozen, batches)
+        return {f"{prefix}_{name}": value for name, value in values.items()}
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Writes the model as a Hugging Face directory; default `output_dir/model`."""
+        target = Path(output_dir) if output_dir else Path(self.args.output_dir) / "model"
+        self._exported().save_pretrained(target, tokenizer=self.processing_class)
+        log.info("Saved the model to %s.", target)
+
+    def _exported(self) -> Model:
+        return self.model
+
+    @property
+    def state(self) -> TrainerState:
+        """global_step, epoch, log_history, … of the run."""
+        return self._loop.trainer_state

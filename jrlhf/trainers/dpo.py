@@ -1,0 +1,112 @@
+"""DPO: the policy directly from preference pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jrlhf.algos.dpo import DPO
+from jrlhf.config import TrainingConfig, config
+from jrlhf.data.collate import pair_batch
+from jrlhf.data.tokenize import preference_rows
+from jrlhf.rollout.collect import score
+from jrlhf.rollout.score import Actor
+from jrlhf.trainers import setup
+from jrlhf.trainers.base import Trainer
+from jrlhf.trainers.offline import OfflineData
+from jrlhf.types import Batch
+
+
+@config
+class DPOConfig(DPO, TrainingConfig):
+    """Fields of DPO, by TRL's names.
+
+    Attributes:
+        max_length: prompt and answer are cut there, at their end.
+    """
+
+    learning_rate: float = 1e-6
+    max_length: int | None = 1024
+
+    REFUSED = {
+        "rpo_alpha": "mixtures of losses are not supported",
+        "reference_free": "give a uniform reference by ref_logps of 0 in the dataset's place",
+        "generate_during_eval": "use `jrlhf evaluate`",
+        "max_prompt_length": "TRL removed it too; max_length cuts prompt and answer together",
+        "max_completion_length": "TRL removed it too; max_length cuts prompt and answer together",
+        "precompute_ref_log_probs": "the reference is scored batch by batch; leave it out",
+        "sync_ref_model": "the reference stays fixed",
+        "f_divergence_type": "only the reverse KL is supported",
+        "ld_alpha": "length desensitisation is not supported",
+        "use_weighting": "WPO weights are not supported",
+    }
+
+
+class DPOTrainer(Trainer):
+    """Direct preference optimisation.
+
+    Args:
+        model: a path, a hub name, or a model of `AutoModelForCausalLM`.
+        ref_model: the reference; None: the model as it is now.
+        args: a `DPOConfig`.
+        train_dataset: rows of (prompt,) chosen and rejected; without a prompt it is their shared
+            beginning.
+        eval_dataset: the same, for `evaluate`.
+        processing_class: the tokenizer; None: the model's.
+        callbacks: objects with transformers' `TrainerCallback` methods.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        **old: Any,
+    ) -> None:
+        given = {"model": model, "ref_model": ref_model, "args": args,
+                 "train_dataset": train_dataset, "processing_class": processing_class}  # fmt: skip
+        given = setup.modernise("DPOTrainer", DPOConfig, given, old)
+        model = setup.need(given["model"], "DPOTrainer", "a model")
+        self.args = args = setup.named_output(given["args"], model, "DPO")
+        setup.use_compile_cache()
+        tokenizer = setup.tokenizer_for(given["processing_class"], model, "DPOTrainer")
+        self.processing_class = tokenizer
+        context = setup.context_length(model)
+        longest = min(args.max_length or context, context)
+        self._data = OfflineData(
+            args,
+            setup.mesh_for(args, model),
+            functools.partial(preference_rows, tokenizer=tokenizer, max_length=longest),
+            functools.partial(pair_batch, pad_id=setup.pad_id(tokenizer)),
+            max_length=longest,
+            annotate=self._with_reference,
+        )
+        data = self._data.training(given["train_dataset"])
+        evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
+        self.model = setup.open_model(model, args, self._data.mesh, face="DPOTrainer")
+        self.ref_model = given["ref_model"]
+        self._reference = setup.reference_of(self.model, self.ref_model, args, "DPOTrainer")
+        self._actor = Actor(self.model.net)
+        self._prepare(
+            actor=self._actor,
+            source=data.source,
+            total_steps=data.total_steps,
+            steps_per_epoch=data.steps_per_epoch,
+            evaluation=evaluation,
+            callbacks=callbacks,
+            keep_start=True,
+            entropy=True,
+        )
+
+    def _with_reference(self, batch: Batch) -> Batch:
+        mesh = self.model.mesh
+        out = score(self._actor, self._reference, self._frozen, batch, mesh=mesh)
+        return {**batch, "ref_logps": out.logps}
+
+    def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:
+        return self._data.evaluation(dataset)

@@ -1,0 +1,92 @@
+"""Reward modelling: a classifier that scores the chosen answer above the rejected one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jrlhf.algos.reward import Reward
+from jrlhf.config import TrainingConfig, config
+from jrlhf.data.collate import pair_batch
+from jrlhf.data.tokenize import reward_rows
+from jrlhf.rollout.score import Actor
+from jrlhf.trainers import setup
+from jrlhf.trainers.base import Trainer
+from jrlhf.trainers.offline import OfflineData, encoder
+
+
+@config
+class RewardConfig(Reward, TrainingConfig):
+    """Fields of reward modelling, by TRL's names.
+
+    Attributes:
+        max_length: pairs with a longer side are left out, never cut: the score is read at the end.
+        chat_template_path: file with a Jinja chat template, or a model to take it from.
+    """
+
+    learning_rate: float = 1e-4
+    max_length: int | None = 1024
+    chat_template_path: str | None = None
+
+
+class RewardTrainer(Trainer):
+    """Trains a reward model (Bradley-Terry).
+
+    Args:
+        model: a path, a hub name, or a model of `AutoModelForSequenceClassification` with one label.
+        args: a `RewardConfig`.
+        train_dataset: rows of chosen and rejected, and perhaps prompt and margin.
+        eval_dataset: the same, for `evaluate`.
+        processing_class: the tokenizer; None: the model's.
+        callbacks: objects with transformers' `TrainerCallback` methods.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: RewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[Any] | None = None,
+        **old: Any,
+    ) -> None:
+        given = {"model": model, "args": args, "train_dataset": train_dataset,
+                 "processing_class": processing_class}  # fmt: skip
+        given = setup.modernise("RewardTrainer", RewardConfig, given, old)
+        model = setup.need(given["model"], "RewardTrainer", "a model")
+        self.args = args = setup.named_output(given["args"], model, "Reward")
+        setup.use_compile_cache()
+        tokenizer = setup.tokenizer_for(given["processing_class"], model, "RewardTrainer")
+        self.processing_class = tokenizer
+        context = setup.context_length(model)
+        longest = min(args.max_length or context, context)
+        self._data = OfflineData(
+            args,
+            setup.mesh_for(args, model),
+            functools.partial(
+                reward_rows,
+                tokenizer=encoder(tokenizer, args.chat_template_path),
+                max_length=longest,
+            ),
+            functools.partial(pair_batch, pad_id=setup.pad_id(tokenizer)),
+            max_length=longest,
+        )
+        data = self._data.training(given["train_dataset"])
+        evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
+        self.model = setup.open_model(
+            model, args, self._data.mesh, head="classifier", face="RewardTrainer"
+        )
+        setup.one_label(self.model, "RewardTrainer")
+        self._prepare(
+            actor=Actor(self.model.net),
+            source=data.source,
+            total_steps=data.total_steps,
+            steps_per_epoch=data.steps_per_epoch,
+            evaluation=evaluation,
+            callbacks=callbacks,
+        )
+
+    def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:
+        return self._data.evaluation(dataset)

@@ -1,0 +1,114 @@
+"""SFT: supervised fine-tuning on texts, dialogues and prompt-completion pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jrlhf.algos.sft import SFT
+from jrlhf.config import TrainingConfig, config
+from jrlhf.data.collate import lm_batch
+from jrlhf.data.tokenize import sft_rows
+from jrlhf.rollout.score import Actor
+from jrlhf.trainers import setup
+from jrlhf.trainers.base import Trainer
+from jrlhf.trainers.offline import OfflineData, encoder
+
+
+@config
+class SFTConfig(SFT, TrainingConfig):
+    """Fields of SFT, by TRL's names.
+
+    Attributes:
+        max_length: longer rows are cut at their end; None: the model's context.
+        packing: fill rows of `max_length` with several documents, which do not see each other.
+        packing_strategy: "bfd" (best fit, long documents cut), "bfd_split" or "wrapped".
+        completion_only_loss: train on completions alone; None: where the data has prompts.
+        assistant_only_loss: train on the assistant's turns alone.
+        dataset_text_field: column of plain texts.
+        chat_template_path: file with a Jinja chat template, or a model to take it from.
+        shuffle_dataset: read rows in another order each epoch.
+    """
+
+    learning_rate: float = 2e-5
+    max_length: int | None = 1024
+    packing: bool = False
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    dataset_text_field: str = "text"
+    chat_template_path: str | None = None
+    shuffle_dataset: bool = True
+
+    ALIASES = {"max_seq_length": "max_length"}
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning.
+
+    Args:
+        model: a path, a hub name, or a model of `AutoModelForCausalLM`.
+        args: an `SFTConfig`.
+        train_dataset: rows of text, messages, prompt + completion, or input_ids; see `jrlhf.data`.
+        eval_dataset: the same, for `evaluate`.
+        processing_class: the tokenizer; None: the model's.
+        formatting_func: row -> text.
+        callbacks: objects with transformers' `TrainerCallback` methods.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        callbacks: list[Any] | None = None,
+        **old: Any,
+    ) -> None:
+        given = {"model": model, "args": args, "train_dataset": train_dataset,
+                 "processing_class": processing_class}  # fmt: skip
+        given = setup.modernise("SFTTrainer", SFTConfig, given, old)
+        model = setup.need(given["model"], "SFTTrainer", "a model")
+        self.args = args = setup.named_output(given["args"], model, "SFT")
+        setup.use_compile_cache()
+        tokenizer = setup.tokenizer_for(given["processing_class"], model, "SFTTrainer")
+        self.processing_class = tokenizer
+        context = setup.context_length(model)
+        rows_of = functools.partial(
+            sft_rows,
+            tokenizer=encoder(tokenizer, args.chat_template_path),
+            max_length=min(args.max_length or context, context),
+            packing=args.packing,
+            packing_strategy=args.packing_strategy,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            dataset_text_field=args.dataset_text_field,
+            formatting_func=formatting_func,
+        )
+        self._data = OfflineData(
+            args,
+            setup.mesh_for(args, model),
+            rows_of,
+            functools.partial(lm_batch, pad_id=setup.pad_id(tokenizer)),
+            max_length=min(args.max_length or context, context),
+            always_longest=args.packing,
+            shuffle=args.shuffle_dataset,
+        )
+        data = self._data.training(given["train_dataset"])
+        evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
+        self.model = setup.open_model(model, args, self._data.mesh, face="SFTTrainer")
+        self._prepare(
+            actor=Actor(self.model.net),
+            source=data.source,
+            total_steps=data.total_steps,
+            steps_per_epoch=data.steps_per_epoch,
+            evaluation=evaluation,
+            callbacks=callbacks,
+            entropy=True,
+        )
+
+    def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:
+        return self._data.evaluation(dataset)

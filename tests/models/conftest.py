@@ -1,0 +1,113 @@
+"""Tiny checkpoints on disk, and the real models (skipped with the reason where absent)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jrlhf.models.families import family_of, spec_from_config
+
+# No two sizes alike, so that a swapped axis cannot fit; heads 4 of 6, so that hidden != heads * e.
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+Tensors = dict[str, np.ndarray]
+HFDirectory = Callable[..., tuple[Path, Tensors]]
+
+
+def tensors_of(config: dict[str, Any], *, dtype: str = "float32", **choices: Any) -> Tensors:
+    """Random tensors under the names that a checkpoint of this config has."""
+    spec = spec_from_config(config, **choices)
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(0, 0.3, row.hf_shape).astype(np.float32).astype(dtype)
+        for row in family_of(spec).weights(spec)
+        for name, _, _ in row.places(spec)
+    }
+
+
+def write_hf(path: Path, config: dict[str, Any], tensors: Tensors, *, shards: int = 1) -> Path:
+    """Writes a model directory with nothing but numpy and the safetensors package."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({n: tensors[n] for n in names[i::shards]}, path / file)
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+@pytest.fixture
+def hf_directory(tmp_path: Path) -> HFDirectory:
+    """Makes a tiny random checkpoint; keyword arguments change its config."""
+
+    def make(
+        *, dtype: str = "float32", shards: int = 1, choices: dict[str, Any] | None = None, **changes
+    ) -> tuple[Path, Tensors]:
+        config = CONFIG | changes
+        tensors = tensors_of(config, dtype=dtype, **(choices or {}))
+        return write_hf(tmp_path / "origin", config, tensors, shards=shards), tensors
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assets(repository: Path) -> ModuleType:
+    """scripts/assets.py as a module."""
+    spec = importlib.util.spec_from_file_location("assets", repository / "scripts" / "assets.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["assets"] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fetch(assets: ModuleType, name: str) -> Path:
+    try:
+        return assets.fetch(name)
+    except assets.AssetError as error:
+        pytest.skip(f"the model {name} cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(assets: ModuleType) -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file."""
+    return _fetch(assets, "smollm2")
+
+
+@pytest.fixture(scope="session")
+def glassllm(assets: ModuleType) -> Path:
+    """glassllm-en, a directory."""
+    return _fetch(assets, "glassllm")

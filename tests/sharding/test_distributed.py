@@ -1,0 +1,87 @@
+"""Processes join from the environment; half a configuration is an error."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from jrlhf.errors import ConfigError
+from jrlhf.sharding.distributed import initialize
+
+FULL = {
+    "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": "0",
+}
+
+
+def test_without_the_variables_there_is_one_process():
+    assert initialize({}) is False
+    assert initialize({"JAX_NUM_PROCESSES": ""}) is False
+
+
+@pytest.mark.parametrize("missing", sorted(FULL))
+def test_a_missing_variable_is_named(missing):
+    with pytest.raises(ConfigError, match=f"not {missing}"):
+        initialize({k: v for k, v in FULL.items() if k != missing})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("JAX_NUM_PROCESSES", "two", "integer, got 'two'"),
+        ("JAX_PROCESS_ID", "2", "JAX_PROCESS_ID=2 must lie between 0 and"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(name, value, says):
+    with pytest.raises(ConfigError, match=says):
+        initialize({**FULL, name: value})
+
+
+PROGRAM = """
+    import numpy as np
+    from jrlhf.sharding.distributed import barrier, initialize, is_main
+    assert initialize() and initialize()
+    import jax, jax.numpy as jnp
+    from jrlhf.sharding.mesh import make_mesh
+    from jrlhf.sharding.place import put_batch
+    assert jax.process_count() == 2 and is_main() == (jax.process_index() == 0)
+    mesh = make_mesh("data=2,fsdp=2")
+    mine = np.arange(4, dtype=np.float32) + 4 * jax.process_index()
+    x = put_batch(mesh, {"x": mine})["x"]
+    assert x.shape == (8,)
+    barrier("all here")
+    print("sum", float(jax.jit(jnp.sum)(x)), "last", float(jax.jit(lambda x: x[-1])(x)))
+"""
+
+
+def test_two_processes_make_one_global_batch():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        **FULL,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+            env={**environment, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert f"sum {sum(range(8)):.1f} last 7.0" in out.splitlines()
