@@ -98,7 +98,7 @@ class GRPO:
         advantages = group_advantages(
             batch["rewards"], group=self.num_generations, scale=str(self.scale_rewards)
         )
-        spread = advantages[:, None] * (batch["mask"] > 0)
+        spread = jnp.where(batch["mask"] > 0, advantages[:, None], 0.0)
         return {**batch, "advantages": spread, "row_weight": self._row_weight(batch)}
 
     def loss(self, out: Outputs, batch: Batch) -> Loss:

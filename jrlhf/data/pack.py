@@ -11,7 +11,9 @@ import numpy as np
 
 from jrlhf.errors import ConfigError
 
-STRATEGIES = ("bfd", "bfd_split")
+STRATEGIES = ("bfd", "bfd_split", "wrapped")
+
+Document = tuple[np.ndarray, np.ndarray]  # ids, mask
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -58,30 +60,61 @@ def pack(
 
     Args:
         rows: documents.
-        max_length: tokens of a packed row. Longer documents are cut there ("bfd") or parted into
-            documents of their own ("bfd_split").
-        strategy: one of the two.
+        max_length: tokens of a packed row.
+        strategy: what happens to documents that do not fit. "bfd" cuts those longer than
+            `max_length`, "bfd_split" parts them into documents of their own, and "wrapped" fills
+            every row to the brim, in order, and lets the next row go on with the rest.
 
     Yields:
         Rows of ids, mask and `seq_lengths`, the lengths of their documents. The first token of a
-        document is never trained on: nothing before it predicts it.
+        document is never trained on: nothing before it predicts it. (TRL's "wrapped" forgets the
+        boundaries, so that documents attend to their neighbours; here they never do.)
 
     Raises:
-        ConfigError: another strategy. TRL's "wrapped" lets documents attend to their neighbours.
+        ConfigError: another strategy.
     """
     if strategy not in STRATEGIES:
         raise ConfigError(f"packing_strategy must be one of {STRATEGIES}, got {strategy!r}.")
-    documents = []
+    if strategy == "wrapped":
+        made = map(_joined, _wrapped(rows, max_length))
+        yield from (row for row in made if row["mask"].any())
+        return
+    documents: list[Document] = []
     for row in rows:
         last = len(row["ids"]) if strategy == "bfd_split" else max_length
         for start in range(0, min(len(row["ids"]), last), max_length):
-            mask = row["mask"][start : start + max_length].copy()
-            mask[:1] = 0
-            if mask.any():
-                documents.append((row["ids"][start : start + max_length], mask))
+            piece = _piece(row, start, start + max_length)
+            if piece[1].any():
+                documents.append(piece)
     for members in best_fit_decreasing([len(ids) for ids, _ in documents], max_length):
-        yield {
-            "ids": np.concatenate([documents[number][0] for number in members]),
-            "mask": np.concatenate([documents[number][1] for number in members]),
-            "seq_lengths": [len(documents[number][0]) for number in members],
-        }
+        yield _joined([documents[number] for number in members])
+
+
+def _wrapped(rows: Iterable[dict[str, Any]], max_length: int) -> Iterator[list[Document]]:
+    filled: list[Document] = []
+    room = max_length
+    for row in rows:
+        start = 0
+        while start < len(row["ids"]):
+            filled.append(_piece(row, start, start + room))
+            start += room
+            room -= len(filled[-1][0])
+            if room < 2:  # one token alone has nothing to be predicted from
+                yield filled
+                filled, room = [], max_length
+    if filled:
+        yield filled
+
+
+def _piece(row: dict[str, Any], start: int, stop: int) -> Document:
+    mask = row["mask"][start:stop].copy()
+    mask[:1] = 0
+    return row["ids"][start:stop], mask
+
+
+def _joined(documents: Sequence[Document]) -> dict[str, Any]:
+    return {
+        "ids": np.concatenate([ids for ids, _ in documents]),
+        "mask": np.concatenate([mask for _, mask in documents]),
+        "seq_lengths": [len(ids) for ids, _ in documents],
+    }

@@ -85,9 +85,11 @@ def _config(metadata: GGUFFile) -> dict[str, Any]:
         )
     if metadata.get("llama.expert_count"):
         raise UnsupportedModelError(f"{metadata.path} is a mixture of experts.")
-    hidden = metadata.need("llama.embedding_length")
-    heads = metadata.need("llama.attention.head_count")
-    head_dim = metadata.get("llama.attention.key_length", hidden // heads)
+    if metadata.get("split.count", 1) > 1:
+        raise UnsupportedModelError(f"{metadata.path} is one part of several; merge them first.")
+    hidden = metadata.integer("llama.embedding_length")
+    heads = metadata.integer("llama.attention.head_count")
+    head_dim = metadata.integer("llama.attention.key_length", hidden // heads)
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{metadata.path} has no token_embd.weight.")
@@ -96,12 +98,12 @@ def _config(metadata: GGUFFile) -> dict[str, Any]:
         "model_type": "llama",
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": metadata.need("llama.feed_forward_length"),
-        "num_hidden_layers": metadata.need("llama.block_count"),
+        "intermediate_size": metadata.integer("llama.feed_forward_length"),
+        "num_hidden_layers": metadata.integer("llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.integer("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": metadata.need("llama.context_length"),
+        "max_position_embeddings": metadata.integer("llama.context_length"),
         "rope_parameters": _rope(metadata, head_dim=head_dim),
         "rms_norm_eps": _short(metadata.need("llama.attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
@@ -136,7 +138,7 @@ def _short(value: float) -> float:
 def _rope(metadata: GGUFFile, *, head_dim: int) -> dict[str, Any]:
     """`rope_parameters` as config.json writes them."""
     theta = _short(metadata.get("llama.rope.freq_base", 10000.0))
-    rotated = metadata.get("llama.rope.dimension_count", head_dim)
+    rotated = metadata.integer("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UnsupportedModelError(f"{metadata.path} rotates {rotated} of {head_dim} dimensions.")
     kind = metadata.get("llama.rope.scaling.type", "none")

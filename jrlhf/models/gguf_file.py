@@ -89,6 +89,18 @@ class GGUFFile:
             raise ModelError(f"{self.path} has no {key}.")
         return self.metadata[key]
 
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number.
+
+        Raises:
+            ModelError: it is absent without a default, or another kind of value (some models have
+                a list here, one number per layer).
+        """
+        value = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(value, int):
+            raise ModelError(f"{self.path} has {key}={value!r}, expected one whole number.")
+        return value
+
     def _header(self) -> dict[str, Any]:
         if self._buffer[:4] != b"GGUF":
             raise ValueError("it does not start with GGUF")
@@ -150,6 +162,8 @@ class GGUFFile:
             shape = tuple(reversed([self._scalar("Q") for _ in range(dimensions)]))
             rows.append((name, shape, self._scalar("I"), self._scalar("Q")))
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment={alignment!r}")
         start = -(-self._at // alignment) * alignment
         everything = np.frombuffer(self._buffer, np.uint8)
         tensors = {}

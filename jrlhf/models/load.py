@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Params = dict[str, Any]
-Path_ = tuple[str, ...]
+Keys = tuple[str, ...]
 Shardings = Callable[[Net, Params], Any]
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 # What a bare trunk (transformers' LlamaModel) leaves off the names.
@@ -116,7 +116,7 @@ def load_pretrained(
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
     leaves = _flatten(placed)
-    filled: dict[Path_, jax.Array] = {}
+    filled: dict[Keys, jax.Array] = {}
     for path, leaf in _flatten(abstract).items():
         places = {at: (row, names[name]) for row, name, at in _places(spec, path) if name in names}
         if places or leaf.size == 0:
@@ -186,7 +186,7 @@ def _all_rows(spec: DecoderSpec) -> list[Weight]:
     return [*weights(causal), *weights(spec.replace(head="classifier"))]
 
 
-def _places(spec: DecoderSpec, path: Path_) -> Iterator[tuple[Weight, str, int | None]]:
+def _places(spec: DecoderSpec, path: Keys) -> Iterator[tuple[Weight, str, int | None]]:
     """(row, name, index along the stack) of every tensor that goes into one leaf."""
     for row in family_of(spec).weights(spec):
         for name, where, at in row.places(spec):
@@ -243,8 +243,8 @@ def _read_one(
 
 
 def _draw(
-    net: Net, paths: list[Path_], shardings: Mapping[Path_, Any], dtype: str, key: jax.Array
-) -> dict[Path_, jax.Array]:
+    net: Net, paths: list[Keys], shardings: Mapping[Keys, Any], dtype: str, key: jax.Array
+) -> dict[Keys, jax.Array]:
     """Initialises the leaves that no checkpoint tensor fills; the rest of `init` is dead code."""
     if not paths:
         return {}
@@ -257,12 +257,12 @@ def _draw(
     return dict(zip(paths, drawn, strict=True))
 
 
-def _flatten(tree: Params) -> dict[Path_, Any]:
+def _flatten(tree: Params) -> dict[Keys, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _nest(leaves: Mapping[Path_, Any]) -> Params:
+def _nest(leaves: Mapping[Keys, Any]) -> Params:
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree
@@ -303,10 +303,27 @@ def save_pretrained(
     max_bytes = writer.parse_size(max_shard_size)
     directory = Path(directory).expanduser()
     values = _export(net, params, np.dtype(dtype))
-    if jax.process_index() != 0:
+    if jax.process_index() == 0:
+        _write(directory, net, values, source, tokenizer, dtype, max_bytes)
+    else:
         for _ in values:  # takes part in gathering what other processes hold
             pass
-        return directory
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("jrlhf save_pretrained")
+    return directory
+
+
+def _write(
+    directory: Path,
+    net: Net,
+    values: Iterator[tuple[str, np.ndarray]],
+    source: Source | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str,
+    max_bytes: int,
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     writer.write_weights(
         directory, _tensors(net, np.dtype(dtype).itemsize), values, max_bytes=max_bytes
@@ -325,10 +342,9 @@ def save_pretrained(
     tokenizers.save_tokenizer(
         directory, tokenizer=tokenizer, source=None if source is None else source.path
     )
-    return directory
 
 
-def _leaf_order(net: Net) -> list[tuple[Path_, list[tuple[Weight, str, int | None]]]]:
+def _leaf_order(net: Net) -> list[tuple[Keys, list[tuple[Weight, str, int | None]]]]:
     """Leaves with their tensors: the order of the export, one leaf in host memory at a time."""
     return [(path, list(_places(net.spec, path))) for path in _flatten(net.abstract())]
 
@@ -347,12 +363,21 @@ def _export(net: Net, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[st
     for path, places in _leaf_order(net):
         value = _to_host(leaves[path])
         for row, name, at in places:
-            yield name, row.to_hf(value if at is None else value[at]).astype(dtype)
+            yield name, _cast(row.to_hf(value if at is None else value[at]), dtype, name)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return jax.device_get(array)
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _cast(value: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """Casts, but not into infinity: float16 ends at 65504."""
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and np.isfinite(value).all():
+        raise ConfigError(f"{name} has values beyond float16; save as bfloat16 or float32.")
+    return cast

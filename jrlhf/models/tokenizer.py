@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,9 @@ def save_tokenizer(
     if tokenizer is None and source is not None:
         try:
             tokenizer = load_tokenizer(source)
-        except (TokenizerError, ModelError):
+        except (TokenizerError, ModelError) as error:
+            if source.is_file():
+                warnings.warn(f"{directory} is saved without a tokenizer: {error}", stacklevel=2)
             return  # a model without a tokenizer is saved without one
     if tokenizer is None:
         return

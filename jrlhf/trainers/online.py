@@ -92,9 +92,7 @@ class Prompts:
 
     def __call__(self, rollout: int) -> Sequence[Mapping[str, Any]]:
         rows = [self._rows[i] for i in self._order.indices(rollout).tolist()]
-        return [
-            {**row["columns"], "ids": row["ids"].tolist(), "prompt": row["prompt"]} for row in rows
-        ]
+        return [{**row, "ids": row["ids"].tolist()} for row in rows]
 
 
 def make_engine(

@@ -89,7 +89,7 @@ def modernise(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, DeprecationWarning, stacklevel=5)
+    warnings.warn(text, DeprecationWarning, stacklevel=4)
 
 
 def need(value: Any, face: str, name: str) -> Any:

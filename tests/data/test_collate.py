@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,8 +64,9 @@ def test_types_and_shapes_are_those_of_the_contract() -> None:
 
 
 def test_pairs_train_on_what_follows_the_prompt() -> None:
-    batch = pair_batch([{"chosen": [1, 2, 7], "rejected": [1, 3], "prompt_length": 1}], 1, length=4)
-    assert batch["ids"][0].tolist() == [[1, 2, 7, 0], [1, 3, 0, 0]]
+    row = {"chosen": [1, 2, PAD], "rejected": [1, 3], "prompt_length": 1}
+    batch = pair_batch([row], 1, length=4, pad_id=PAD)
+    assert batch["ids"][0].tolist() == [[1, 2, 7, 7], [1, 3, 7, 7]]
     assert batch["mask"][0].tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
 
 
@@ -150,6 +153,30 @@ def test_packed_batches_hold_every_token_once_and_documents_never_cross(
             np.testing.assert_array_equal(mask[inside], np.arange(len(tokens)) > 0)
     assert not batch["mask"][~real].any()
     np.testing.assert_array_equal(batch["lengths"], real.sum(1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths)
+def test_wrapped_rows_are_full_and_keep_every_token_in_order(sizes: list[int]) -> None:
+    rows = [document(*range(100 * (d + 1), 100 * (d + 1) + n)) for d, n in enumerate(sizes)]
+    packed = list(pack([*rows, document(1, 2)], max_length=10, strategy="wrapped"))
+    kept = np.concatenate([row["ids"] for row in packed])
+    stream = np.concatenate([row["ids"] for row in rows] + [[1, 2]])
+    # Only rows without a target (documents of one token) may be missing.
+    if min(sizes) > 1:
+        np.testing.assert_array_equal(kept, stream)
+    assert set(kept.tolist()) <= set(stream.tolist())
+    assert all(len(row["ids"]) in (9, 10) for row in packed[:-1])
+    for row in packed:
+        starts = np.cumsum([0, *row["seq_lengths"]])
+        assert starts[-1] == len(row["ids"])
+        for a, b in itertools.pairwise(starts):
+            assert len(set((row["ids"][a:b] // 100).tolist())) == 1, "two documents in one segment"
+
+
+def test_the_first_token_of_a_document_is_no_target_even_if_its_row_says_so() -> None:
+    row = {"ids": np.arange(5), "mask": np.ones(5, np.uint8), "seq_lengths": [2, 3]}
+    assert lm_batch([row], 1, length=6)["mask"].tolist() == [[0, 1, 0, 1, 1, 0]]
 
 
 def test_packing_leaves_the_callers_masks_alone() -> None:

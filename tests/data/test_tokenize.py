@@ -281,7 +281,7 @@ def test_broken_tokenized_rows_are_named(row: dict, words: str, tokenizer: Any) 
         {"completion_only_loss": True},
         {"assistant_only_loss": True},
         {"packing": True},
-        {"packing": True, "packing_strategy": "wrapped", "max_length": 8},
+        {"packing": True, "packing_strategy": "best", "max_length": 8},
     ],
 )
 def test_options_that_cannot_act_are_errors(options: dict, tokenizer: Any) -> None:

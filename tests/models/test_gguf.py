@@ -230,6 +230,7 @@ def test_linear_rope_is_read(tmp_path):
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
         ({"llama.rope.dimension_count": 4}, "rotates 4 of 8"),
         ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"split.count": 3}, "merge them"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, metadata, message):

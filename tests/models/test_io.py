@@ -371,3 +371,12 @@ def test_an_unknown_dtype_is_refused_before_anything_is_written(hf_directory, tm
     with pytest.raises(ConfigError, match="int8"):
         save_pretrained(tmp_path / "s", net, params, dtype="int8")
     assert not (tmp_path / "s").exists()
+
+
+def test_float16_is_refused_where_it_would_write_infinities(hf_directory, tmp_path):
+    net, params, _ = load_pretrained(hf_directory()[0])
+    params["norm"]["scale"] = params["norm"]["scale"].at[3].set(7e4)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight has values beyond float16"):
+        save_pretrained(tmp_path / "s", net, params, dtype="float16")
+    assert not list((tmp_path / "s").iterdir())
+    save_pretrained(tmp_path / "s", net, params, dtype="bfloat16")

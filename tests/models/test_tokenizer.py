@@ -31,6 +31,7 @@ TEXTS = [
     "héllo 世界 🎉 ½ x²",
     "a <|im_start|>system\nobey<|im_end|> b<|endoftext|>",
     "it'S 007the 12the!",
+    "there\nthere",
 ]
 
 
@@ -42,17 +43,11 @@ def byte_characters():
 
 
 BYTES = byte_characters()
-PAIRS = ["t h", "th e", "Ġ the", "1 2", "2 3", "12 3", "e r", "er e", "i m", "l l", "h e", "ĠĠ Ġ",
-         "Ġ Ġ", "Ċ Ċ", "s t", "a r"]  # fmt: skip
-MERGES = [pair for pair in PAIRS if pair != "ĠĠ Ġ"]
-# "ll3o" is a word of the vocabulary that no merge reaches.
-WORDS = [
-    *SPECIALS,
-    *BYTES.values(),
-    *(pair.replace(" ", "") for pair in MERGES),
-    "there",
-    "<think>",
-]
+MERGES = ["t h", "th e", "Ġ the", "1 2", "2 3", "12 3", "e r", "er e", "i m", "l l", "h e", "Ġ Ġ",
+          "Ċ Ċ", "s t", "a r"]  # fmt: skip
+# "there" is a word that the merges never reach: they make the-r-e of it.
+_MERGED = [pair.replace(" ", "") for pair in MERGES]
+WORDS = [*SPECIALS, *BYTES.values(), *_MERGED, "there", "<think>"]
 
 
 def encode_by_hand(text, words, merges, *, pattern=GPT2, digits=False, whole_words=False):

@@ -30,15 +30,20 @@ def spec(**changes: Any) -> DecoderSpec:
         "num_key_value_heads": 2,
         "head_dim": 4,
         "max_position_embeddings": 128,
-        # Large enough that distributions are far from uniform.
-        "initializer_range": 0.5,
     }
     return DecoderSpec(**{**small, **changes})
 
 
 def model(seed: int = 0, **changes: Any) -> Model:
+    """Weights large enough that distributions are far from uniform; drawn without compiling."""
     net = Net(spec(**changes))
-    return Model(net, jax.jit(net.init)(jax.random.key(seed)))
+    draw = np.random.default_rng(seed)
+
+    def weight(path: Any, leaf: Any) -> jax.Array:
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jax.numpy.asarray(centre + 0.5 * draw.standard_normal(leaf.shape), "float32")
+
+    return Model(net, jax.tree_util.tree_map_with_path(weight, net.abstract()))
 
 
 @pytest.fixture(scope="session")

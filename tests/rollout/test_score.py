@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
-from jrlhf.rollout.score import Actor, outputs
+from jrlhf.rollout import score
+from jrlhf.rollout.score import Actor
 from jrlhf.types import Loss, Mean, Outputs
 from tests.rollout.conftest import VOCAB, Model, model, padded
 
 LENGTHS = (16, 4, 1, 9)
 N = 6
+outputs = jax.jit(score.outputs, static_argnums=0, static_argnames=("temperature", "entropy"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,9 @@ def slots() -> np.ndarray:
 
 def definition(policy: Model, batch: dict, temperature: float) -> dict[str, np.ndarray]:
     """Float64 numbers per position [b s] from the whole array of logits."""
-    hidden = np.asarray(policy.net.hidden(policy.params, batch["ids"]), np.float64)
+    hidden = jax.jit(policy.net.hidden)(policy.params, batch["ids"])
+    values = np.asarray(policy.net.values(policy.params, hidden), np.float64)[:, :-1]
+    hidden = np.asarray(hidden, np.float64)
     head = np.asarray(policy.net.head(policy.params), np.float64)
     logits = hidden @ head / temperature
     peak = logits.max(-1, keepdims=True)
@@ -42,7 +48,6 @@ def definition(policy: Model, batch: dict, temperature: float) -> dict[str, np.n
     first = ((0, 0), (1, 0))
     real = np.arange(16)[None, :] < batch["lengths"][:, None]
     real[:, 0] = False
-    values = np.asarray(policy.net.values(policy.params, hidden), np.float64)[:, :-1]
     found = {
         "logps": np.take_along_axis(before, ids, 2)[..., 0],
         "entropy": -(np.exp(before) * before).sum(-1),
@@ -52,27 +57,28 @@ def definition(policy: Model, batch: dict, temperature: float) -> dict[str, np.n
     return {name: np.where(real, np.pad(x, first), 0.0) for name, x in found.items()}
 
 
-def test_outputs_are_log_softmax_of_the_position_before(policy: Model, batch: dict) -> None:
+def test_outputs_are_log_softmax_of_the_position_before(
+    policy: Model, batch: dict, slots: np.ndarray
+) -> None:
     wanted = definition(policy, batch, 0.7)
     found = outputs(policy.net, policy.params, batch, temperature=0.7, entropy=True)
+    chosen = {**batch, "slots": slots}
+    picked = outputs(policy.net, policy.params, chosen, temperature=0.7, entropy=True)
     for name, numbers in wanted.items():
         array = getattr(found, name)
         assert array.dtype == np.float32
         np.testing.assert_allclose(array, numbers, atol=2e-5, err_msg=name)
+        numbers = np.where(slots > 0, np.take_along_axis(numbers, slots, 1), 0.0)
+        np.testing.assert_allclose(getattr(picked, name), numbers, atol=2e-5, err_msg=name)
+        assert not np.asarray(getattr(picked, name))[slots == 0].any()
     assert found.scores is None
 
 
-def test_slots_pick_positions_and_everything_else_is_exactly_zero(
-    policy: Model, batch: dict, slots: np.ndarray
-) -> None:
-    wanted = definition(policy, batch, 1.0)
-    found = outputs(policy.net, policy.params, {**batch, "slots": slots}, entropy=True)
-    for name, numbers in wanted.items():
-        picked = np.where(slots > 0, np.take_along_axis(numbers, slots, 1), 0.0)
-        np.testing.assert_allclose(getattr(found, name), picked, atol=2e-5, err_msg=name)
-        assert not np.asarray(getattr(found, name))[slots == 0].any()
+def test_slots_beyond_a_row_are_exactly_zero(policy: Model, batch: dict) -> None:
     beyond = {**batch, "slots": np.full((4, N), 15, np.int32)}
-    assert not np.asarray(outputs(policy.net, policy.params, beyond).logps)[1:].any()
+    found = outputs(policy.net, policy.params, beyond, temperature=0.7, entropy=True)
+    assert np.asarray(found.logps)[0].all()
+    assert not np.asarray(found.logps)[1:].any()
 
 
 def test_pairs_are_rows(policy: Model, batch: dict) -> None:
@@ -104,18 +110,22 @@ def test_a_separate_value_net_speaks_instead_of_the_value_head(policy: Model, ba
     other = model(5, value_head=True)
     actor = Actor(policy.net, 1.0, other.net)
     trainable = {"policy": policy.params, "value": other.params}
-    found = actor.outputs(trainable, {"policy": {}, "value": {}}, batch)
-    np.testing.assert_array_equal(found.values, outputs(other.net, other.params, batch).values)
-    np.testing.assert_array_equal(found.logps, outputs(policy.net, policy.params, batch).logps)
+    found = jax.jit(actor.outputs)(trainable, {"policy": {}, "value": {}}, batch)
+    wanted = outputs(other.net, other.params, batch).values
+    np.testing.assert_allclose(found.values, wanted, atol=2e-5)
+    own = outputs(policy.net, policy.params, batch)
+    np.testing.assert_allclose(found.logps, own.logps, atol=2e-5)
+    assert not np.allclose(found.values, own.values)
 
 
 def test_classifiers_score_the_last_real_token(classifier: Model, batch: dict) -> None:
     found = outputs(classifier.net, classifier.params, batch)
     assert found.logps is None
-    for i, length in enumerate(LENGTHS):
-        alone = padded([batch["ids"][i, :length].tolist()], length)
-        one = outputs(classifier.net, classifier.params, alone)
-        np.testing.assert_allclose(found.scores[i], one.scores[0], atol=2e-5)
+    assert found.scores.shape == (4,)
+    hidden = jax.jit(classifier.net.hidden)(classifier.params, batch["ids"])
+    ends = np.asarray(hidden)[np.arange(4), np.asarray(LENGTHS) - 1]
+    wanted = ends @ np.asarray(classifier.params["score"]["kernel"])
+    np.testing.assert_allclose(found.scores, wanted[:, 0], atol=2e-5)
 
 
 class Ratio:
@@ -130,13 +140,11 @@ def test_fresh_means_the_policy_is_its_own_old_policy(policy: Model, batch: dict
     actor = Actor(policy.net)
     wrong = {**batch, "old_logps": np.full((4, 16), -1.0, np.float32)}
 
-    def mean(fresh: float) -> jax.Array:
-        given = {**wrong, "fresh": np.float32(fresh)}
-        return actor.loss(Ratio(), policy.params, {}, given).objective.value()
+    @jax.jit
+    def total(params: Any, fresh: Any) -> Any:
+        return actor.loss(Ratio(), params, {}, {**wrong, "fresh": fresh}).objective.total
 
-    assert mean(1.0) == 1.0
-    assert mean(0.0) != 1.0
-    slope = jax.grad(
-        lambda p: actor.loss(Ratio(), p, {}, {**wrong, "fresh": np.float32(1.0)}).objective.total
-    )(policy.params)
+    value, slope = jax.jit(jax.value_and_grad(total))(policy.params, np.float32(1))
+    assert value == 4 * 16
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(slope)) > 1e-3
+    assert total(policy.params, np.float32(0)) != 4 * 16

@@ -7,8 +7,10 @@ import json
 import random
 from pathlib import Path
 
+import pyarrow
 import pytest
 import quickstart_data as data
+from pyarrow import parquet
 from quickstart_data import Review, Sizes
 
 SMALL = Sizes(sft=20, pairs=10, prompts=20, heldout_prompts=8, heldout_reviews=6, judge=30)
@@ -96,11 +98,8 @@ def test_csv_and_parquet_give_the_same_reviews(tmp_path: Path) -> None:
         writer.writerows([row.text, row.label, "imdb"] for row in rows)
         writer.writerow(["a rotten tomato", 0, "rt"])
     assert list(data.read_reviews(path)) == rows
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     table = pyarrow.Table.from_pylist([row._asdict() for row in rows])
-    pyarrow.parquet.write_table(table, tmp_path / "reviews.parquet")
+    parquet.write_table(table, tmp_path / "reviews.parquet")
     assert list(data.read_reviews(tmp_path / "reviews.parquet")) == rows
     counts = data.write(
         path, tmp_path / "data", seed=0, sizes=Sizes(2, 1, 2, 2, 0, 0)
