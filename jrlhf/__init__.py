@@ -6,7 +6,7 @@ The public names are loaded on first use, so that `import jrlhf` costs nothing.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -20,24 +20,12 @@ _HOMES = {
     "RewardTrainer": "jrlhf.trainers.reward",
     "DPOConfig": "jrlhf.trainers.dpo",
     "DPOTrainer": "jrlhf.trainers.dpo",
-    "PPOConfig": "jrlhf.trainers.ppo",
+    "PPOConfig": "jrlhf.trainers.ppo_config",
     "PPOTrainer": "jrlhf.trainers.ppo",
-    "GRPOConfig": "jrlhf.trainers.grpo",
+    "GRPOConfig": "jrlhf.trainers.grpo_config",
     "GRPOTrainer": "jrlhf.trainers.grpo",
 }
 __all__ = sorted(_HOMES)
-
-if TYPE_CHECKING:
-    from jrlhf.auto import (
-        AutoModelForCausalLM,
-        AutoModelForCausalLMWithValueHead,
-        AutoModelForSequenceClassification,
-    )
-    from jrlhf.trainers.dpo import DPOConfig, DPOTrainer
-    from jrlhf.trainers.grpo import GRPOConfig, GRPOTrainer
-    from jrlhf.trainers.ppo import PPOConfig, PPOTrainer
-    from jrlhf.trainers.reward import RewardConfig, RewardTrainer
-    from jrlhf.trainers.sft import SFTConfig, SFTTrainer
 
 
 def __getattr__(name: str) -> Any:

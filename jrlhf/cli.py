@@ -35,16 +35,16 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in the input."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if words[0] == "--version":
-        from jrlhf import __version__
-
-        print(__version__)
-        return 0
-    verb, rest = words[0], words[1:]
+    verb, rest = (words or ["help"])[0], words[1:]
     try:
+        if verb in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+            return 0
+        if verb == "--version":
+            from jrlhf import __version__
+
+            print(__version__)
+            return 0
         if verb not in VERBS:
             raise ConfigError(
                 f"There is no verb {verb!r}.{suggest(verb, VERBS)} See `jrlhf --help`."
@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     except JrlhfError as error:
         print(f"jrlhf {verb}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has had enough
+        sys.stderr.close()
+        return 0
     except KeyboardInterrupt:
         print(f"jrlhf {verb}: interrupted", file=sys.stderr)
         return 130

@@ -1,9 +1,9 @@
 """Configuration: frozen dataclasses with TRL's field names, and how text becomes one.
 
-Every public config is `@config class DPOConfig(DPO, TrainingConfig)`: the algorithm's hyperparameters
-(declared once, in `algos/`) beside the fields of the training run. `@config` gives the class TRL's
-manners: old names are translated with a DeprecationWarning, known fields that cannot work here are
-refused by name, and any other unknown key is an error with a suggestion.
+Every public config is `@config class DPOConfig(DPO, TrainingConfig)`: the algorithm's
+hyperparameters (declared once, in `algos/`) beside the fields of the training run. `@config` gives
+the class TRL's manners: old names are translated with a DeprecationWarning, known fields that
+cannot work here are refused by name, any other unknown key is an error with a suggestion.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jrlhf.errors import ConfigError, MissingFileError, UnsupportedFieldError, s
 
 T = TypeVar("T")
 
-# Fields of transformers' TrainingArguments and of TRL that mean something only to PyTorch, with what to
-# write instead. Absent from this table and from the class: an unknown key.
+# Fields of transformers' TrainingArguments and of TRL that mean something only to PyTorch, with
+# what to write instead. Absent from this table and from the class: an unknown key.
 REFUSED: dict[str, str] = {
     "fp16": "float16 needs loss scaling; use bf16=True",
     "deepspeed": "use mesh, for example mesh={'fsdp': 8}",
@@ -34,10 +34,10 @@ REFUSED: dict[str, str] = {
     "trust_remote_code": "jrlhf never runs code from a checkpoint",
     "load_in_8bit": "quantised base weights are not supported",
     "load_in_4bit": "quantised base weights are not supported",
-    "peft_config": "adapters are not supported; use num_layers_unfrozen to train the upper layers only",
+    "peft_config": "adapters are not supported; use num_layers_unfrozen",
     "ds3_gather_for_generation": "parameters are re-laid-out by the compiler; leave it out",
-    "use_liger_kernel": "log-probs never build the [batch, sequence, vocabulary] array; leave it out",
-    "use_liger_loss": "log-probs never build the [batch, sequence, vocabulary] array; leave it out",
+    "use_liger_kernel": "the head is chunked already; leave it out",
+    "use_liger_loss": "the head is chunked already; leave it out",
     "neftune_noise_alpha": "embedding noise is not supported",
     "auto_find_batch_size": "choose per_device_train_batch_size; shapes are fixed when compiled",
 }
@@ -48,9 +48,9 @@ class TrainingConfig:
     """The fields every trainer shares, by transformers' and TRL's names.
 
     Attributes:
-        output_dir: where metrics, checkpoints and the trained model go; None: "<model>-<trainer>".
-        per_device_train_batch_size: examples per data shard and micro-batch. The global batch is this
-            times the mesh's data and fsdp axes times `gradient_accumulation_steps`.
+        output_dir: where metrics, checkpoints and the model go; None: "<model>-<trainer>".
+        per_device_train_batch_size: examples per data shard and micro-batch. The global batch is
+            this times the mesh's data and fsdp axes times `gradient_accumulation_steps`.
         per_device_eval_batch_size: the same for evaluation.
         gradient_accumulation_steps: micro-batches summed into one update.
         learning_rate: peak learning rate.
@@ -158,7 +158,7 @@ def _check(ok: bool, owner: Any, name: str, rule: str) -> None:
 
 
 def config(cls: type[T]) -> type[T]:
-    """Class decorator: a frozen keyword-only dataclass whose constructor knows old and refused names."""
+    """Class decorator: a frozen keyword-only dataclass that knows old and refused names."""
     # Each parent checks its own fields; without this only the first parent's check would run.
     checks = [b.__dict__["__post_init__"] for b in cls.__mro__ if "__post_init__" in b.__dict__]
 
@@ -174,7 +174,13 @@ def config(cls: type[T]) -> type[T]:
     def __init__(self: Any, *args: Any, **values: Any) -> None:
         if args:
             raise ConfigError(f"{made.__name__} takes keyword arguments only, got {args!r}.")
-        build(self, **check_types(made, translate(made, values)))
+        values = translate(made, values)
+        missing = [f.name for f in dataclasses.fields(made) if f.init and f.name not in values
+                   and f.default is dataclasses.MISSING
+                   and f.default_factory is dataclasses.MISSING]  # fmt: skip
+        if missing:
+            raise ConfigError(f"{made.__name__} needs {', '.join(missing)}.")
+        build(self, **check_types(made, values))
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return made
@@ -204,7 +210,7 @@ def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         if name in old and name not in known:
             target = old[name]
             warnings.warn(
-                f"{cls.__name__}: {name} is now {target}.", DeprecationWarning, stacklevel=4
+                f"{cls.__name__}: {name} is now {target}.", DeprecationWarning, stacklevel=3
             )
         elif name not in known:
             if name in refused and value in (None, False):
@@ -224,7 +230,7 @@ def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Converts what can be converted without loss (1 -> 1.0, "1e-5" -> 1e-5) and refuses the rest."""
+    """Converts what loses nothing by it (1 -> 1.0, "1e-5" -> 1e-5) and refuses the rest."""
     hints = typing.get_type_hints(cls)
     return {
         name: _convert(cls.__name__, name, hints[name], value) for name, value in values.items()

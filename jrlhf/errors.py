@@ -1,8 +1,8 @@
 """Every error that a user can cause, by name.
 
-A message says what is wrong, where, the value seen and the nearest fix. The CLI prints it without a
-traceback and exits with code 2. `ConfigError` and friends also derive from the builtin that a caller
-would expect (ValueError, FileNotFoundError, ...), so ordinary `except` clauses work.
+A message says what is wrong, where, the value seen and the nearest fix. The CLI prints it without
+a traceback and exits with code 2. `ConfigError` and friends also derive from the builtin that a
+caller would expect (ValueError, FileNotFoundError, ...), so ordinary `except` clauses work.
 """
 
 from __future__ import annotations

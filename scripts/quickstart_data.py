@@ -9,29 +9,33 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PROMPT_WORDS = 8  # of a review's start; the policy writes on from there
-PAIR_WORDS = 48  # the reward model learns on texts as long as those that it will score
+PROMPT_WORDS = 6  # of a review's start; the policy writes on from there
+# All stages read the first whole sentences of a review, up to so many words: texts that come to an
+# end, so that the policy learns to end its own and the reward model scores complete ones.
+MIN_WORDS, MAX_WORDS = 14, 36
 
 
 class Review(NamedTuple):
-    text: str
+    text: str  # its first sentences: see `opening`
     label: int  # 1 positive, 0 negative
+    whole: str = ""
 
 
 class Sizes(NamedTuple):
     """Rows per file; each file takes as many positive as negative reviews."""
 
-    sft: int = 4000
+    sft: int = 3000
     pairs: int = 2000  # two rows each
-    prompts: int = 2000
+    prompts: int = 1500
     heldout_prompts: int = 128
     heldout_reviews: int = 128
-    judge: int = 14000
+    judge: int = 11000
 
     def rows(self) -> int:
         return sum(self) + self.pairs
@@ -61,17 +65,35 @@ def first_words(text: str, count: int) -> str:
     return " ".join(text.split()[:count])
 
 
-def pools(reviews: Iterable[Review], *, seed: int) -> tuple[list[str], list[str]]:
-    """Cleaned negative and positive texts, each once, of useful length, shuffled by the seed."""
+_SENTENCE = re.compile(r"\S.*?(?:[.!?]+[\"')]*(?=\s|$)|$)")
+
+
+def opening(text: str) -> str | None:
+    """The first whole sentences of a review, MIN_WORDS to MAX_WORDS words in all; None if none."""
+    taken: list[str] = []
+    count = 0
+    for sentence in _SENTENCE.findall(text):
+        count += len(sentence.split())
+        if count > MAX_WORDS:
+            break
+        taken.append(sentence.strip())
+    return " ".join(taken) if len(" ".join(taken).split()) >= MIN_WORDS else None
+
+
+def pools(reviews: Iterable[Review], *, seed: int) -> tuple[list[Review], list[Review]]:
+    """Negative and positive reviews with a useful opening, each once, shuffled by the seed."""
     seen: set[str] = set()
-    sides: tuple[list[str], list[str]] = ([], [])
+    sides: tuple[list[Review], list[Review]] = ([], [])
     for review in reviews:
-        text = clean(review.text)
+        whole = clean(review.text)
+        text = opening(whole)
+        if text is None:
+            continue
         same = " ".join(text.lower().split())
-        if same in seen or len(text.split()) < 2 * PROMPT_WORDS:
+        if same in seen:
             continue
         seen.add(same)
-        sides[review.label].append(text)
+        sides[review.label].append(Review(text, review.label, whole))
     for label, side in enumerate(sides):
         side.sort()  # the split depends on the reviews and the seed, not on the file's order
         random.Random(f"{seed}/{label}").shuffle(side)
@@ -96,7 +118,7 @@ def split(reviews: Iterable[Review], *, seed: int, sizes: Sizes) -> dict[str, li
     rng = random.Random(seed)
 
     def take(count: int) -> list[Review]:
-        rows = [Review(next(sides[i % 2]), i % 2) for i in range(count)]
+        rows = [next(sides[i % 2]) for i in range(count)]
         rng.shuffle(rows)
         return rows
 
@@ -114,13 +136,11 @@ def split(reviews: Iterable[Review], *, seed: int, sizes: Sizes) -> dict[str, li
     files["heldout_reviews"] = [{"text": row.text} for row in take(sizes.heldout_reviews)]
     files["sft"] = [{"text": row.text} for row in take(sizes.sft)]
     files["pairs"] = [
-        {
-            "chosen": first_words(next(sides[1]), PAIR_WORDS),
-            "rejected": first_words(next(sides[0]), PAIR_WORDS),
-        }
+        {"chosen": next(sides[1]).text, "rejected": next(sides[0]).text}
         for _ in range(sizes.pairs)
     ]
-    files["judge"] = [row._asdict() for row in take(sizes.judge)]
+    # The judge reads whole reviews: it only gets better by it.
+    files["judge"] = [{"text": row.whole, "label": row.label} for row in take(sizes.judge)]
     return files
 
 

@@ -42,7 +42,7 @@ class ScriptArguments:
 
 
 def parse(argv: list[str], *classes: type, verb: str) -> list[Any]:
-    """Builds one instance of each config class from the command line and its `--config` file.
+    """Builds each config class from the command line and its `--config` file.
 
     Raises:
         ConfigError: an unknown or repeated flag, a value of the wrong type, a flag without its value.

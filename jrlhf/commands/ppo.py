@@ -21,7 +21,6 @@ class PPOArguments:
     reward_funcs: list[str] | None = None
 
 
-
 def main(argv: list[str]) -> int:
     from jrlhf.trainers.ppo import PPOConfig, PPOTrainer
 

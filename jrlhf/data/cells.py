@@ -65,7 +65,7 @@ def joined_prompt(row: Row, column: str, where: str) -> Row:
     answer: Any = row.get(column)
     if prompt is None or (isinstance(prompt, str) and isinstance(answer, list)):
         return row
-    if not isinstance(prompt, (str, list)) or type(prompt) is not type(answer):
+    if not any(isinstance(prompt, kind) and isinstance(answer, kind) for kind in (str, list)):
         raise DataError(
             f"{where}: prompt and {column} must both be text or both be messages, got "
             f"{shown(prompt)}; {shown(answer)}."

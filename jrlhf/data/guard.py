@@ -109,7 +109,7 @@ class Guard:
 
         def moved(position: int) -> int:
             where = bisect_right(old, position) - 1
-            return new[where] + (position - old[where] if where % 2 == 0 else 0)
+            return new[where] + position - old[where]
 
         return "".join(pieces), [(moved(start), moved(end)) for start, end in spans]
 

@@ -121,7 +121,7 @@ def prepare(
             f"The {name} dataset has nothing to train on: {len(dataset)} rows were read"
             + (f", of which {reasons}." if reasons else ".")
         )
-    return Rows(items, counts)
+    return Rows(items, +counts)
 
 
 def slice_rows(dataset: Any, start: int, stop: int) -> list[dict[str, Any]]:

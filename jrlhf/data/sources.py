@@ -59,6 +59,7 @@ def load_rows(
         DataError: it cannot be read.
     """
     import datasets
+    import pyarrow
 
     if source is None:
         raise ConfigError(f"No {name} dataset was given.")
@@ -73,11 +74,6 @@ def load_rows(
         else:
             dataset = _from(datasets.Dataset.from_dict, dict(source), name)
     elif isinstance(source, (list, tuple)):
-        for number, row in enumerate(source):
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"Row {number} of the {name} dataset must be a dict, got {type(row).__name__}."
-                )
         dataset = _from(datasets.Dataset.from_list, list(source), name)
     else:
         raise DataError(
@@ -86,13 +82,22 @@ def load_rows(
         )
     if streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset()
-    first_row(dataset, name)
+    try:
+        first_row(dataset, name)
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError) as error:
+        # A stream is read only now.
+        raise DataError(f"The {name} dataset cannot be read: {error}") from error
     return dataset
 
 
 def _from(build: Any, rows: Any, name: str) -> Any:
     import pyarrow
 
+    for number, row in enumerate(rows if isinstance(rows, list) else []):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"Row {number} of the {name} dataset must be a dict, got {type(row).__name__}."
+            )
     try:
         return build(rows)
     except (pyarrow.ArrowException, TypeError, ValueError) as error:

@@ -1,50 +1,159 @@
-"""Softmax attention with grouped key-value heads, and the masks that go with it.
+"""Softmax attention with grouped key-value heads: causal over tokens, or over a cache.
 
-Keys and values are never repeated: the query heads of one group are rows of the same small matrix.
-Dots take operands of the compute dtype and give float32; the softmax is float32.
+Keys and values are never repeated: the query heads of one group are rows of the same matrix. Queries
+are cut into a few static blocks, each of which meets only the keys up to its own end, so nearly half
+of the work above the diagonal is never done. The backward pass keeps queries, keys, values, output
+and one log-sum-exp per row, and computes the weights again (as in FlashAttention).
+
+Dots have operands of the compute dtype and float32 results; the softmax is float32.
+
+References:
+    Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a row with no allowed key (there is none by construction) could not make nan.
 BLOCKED = -1e30
+# Blocks of at least this many queries, and at most so many blocks: each is unrolled into the graph.
+MIN_BLOCK, MAX_BLOCKS = 64, 8
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def causal_mask(length: int) -> Bool[Array, "1 s s"]:
-    """Query i sees keys 0..i. Right-padding needs nothing more: no real query sees padding."""
-    return jnp.tril(jnp.ones((length, length), bool))[None]
-
-
-def segment_mask(segments: Int[Array, "b s"]) -> Bool[Array, "b s s"]:
-    """Causal, and only within the same document; padding (segment 0) sees padding only."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return same & causal_mask(segments.shape[1])
-
-
-def attend(
+def attend_cache(
     q: Float[Array, "b s h e"],
     k: Float[Array, "b k t e"],
     v: Float[Array, "b k t e"],
-    mask: Bool[Array, "#b s t"],
+    valid: Bool[Array, "b t"],
     *,
     dtype: str,
 ) -> Float[Array, "b s h e"]:
-    """softmax(q k^T / sqrt(e)) v under a mask; True where a query may read a key."""
+    """Each query reads the slots of its row's cache that `valid` allows."""
     b, s, h, e = q.shape
     n = k.shape[1]
-    q = (q * e**-0.5).astype(dtype).reshape(b, s, n, h // n, e)
-    scores = jnp.einsum("bsnge,bnte->bngst", q, k.astype(dtype), preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, BLOCKED)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1)
-    out = jnp.einsum(
-        "bngst,bnte->bsnge",
-        weights.astype(dtype),
-        v.astype(dtype),
-        preferred_element_type=jnp.float32,
-    )
-    out = out / total.transpose(0, 3, 1, 2)[..., None]
-    return out.reshape(b, s, h, e)
+    rows = _grouped(q, n, dtype).reshape(b, n, (h // n) * s, e)
+    out, _ = _block(rows, k, v, valid[:, None, None, :])
+    return _merged(out.reshape(b, n, h // n, s, e)).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_causal(
+    q: Float[Array, "b s h e"],
+    k: Float[Array, "b s k e"],
+    v: Float[Array, "b s k e"],
+    segments: Int[Array, "b s"] | None,
+    dtype: str,
+) -> Float[Array, "b s h e"]:
+    """Each query reads the keys at and before it, of its own segment when segments are given."""
+    return _forward(q, k, v, segments, dtype)[0]
+
+
+def _forward(
+    q: Array, k: Array, v: Array, segments: Array | None, dtype: str
+) -> tuple[Array, tuple[Array | None, ...]]:
+    b, s, h, e = q.shape
+    n = k.shape[2]
+    g = h // n
+    rows = _grouped(q, n, dtype)
+    keys, values = k.astype(dtype).swapaxes(1, 2), v.astype(dtype).swapaxes(1, 2)
+    outs, sums = [], []
+    for start, end in _blocks(s):
+        block = rows[:, :, :, start:end].reshape(b, n, g * (end - start), e)
+        allowed = jnp.tile(_allowed(segments, start, end), (1, g, 1))[:, None]
+        out, lse = _block(block, keys[:, :, :end], values[:, :, :end], allowed)
+        outs.append(out.reshape(b, n, g, end - start, e))
+        sums.append(lse.reshape(b, n, g, end - start))
+    out = checkpoint_name(_merged(jnp.concatenate(outs, axis=3)).astype(dtype), "attention")
+    lse = checkpoint_name(jnp.concatenate(sums, axis=3), "attention")
+    return out, (rows, keys, values, segments, out, lse)
+
+
+def _backward(
+    dtype: str, saved: tuple[Array | None, ...], d_out: Array
+) -> tuple[Array, Array, Array, None]:
+    rows, keys, values, segments, out, lse = saved
+    b, n, g, s, e = rows.shape
+    d_rows = _grouped(d_out, n, dtype, scale=1.0)
+    dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dots = dots.reshape(b, s, n, g).transpose(0, 2, 3, 1)
+    d_queries = []
+    d_keys = jnp.zeros(keys.shape, jnp.float32)
+    d_values = jnp.zeros(values.shape, jnp.float32)
+    for start, end in _blocks(s):
+        m = g * (end - start)
+
+        def cut(x: Array, start: int = start, end: int = end, m: int = m) -> Array:
+            return x[:, :, :, start:end].reshape(b, n, m, *x.shape[4:])
+
+        q, d_o, k, v = cut(rows), cut(d_rows), keys[:, :, :end], values[:, :, :end]
+        allowed = jnp.tile(_allowed(segments, start, end), (1, g, 1))[:, None]
+        scores = jnp.where(allowed, _einsum("bnme,bnte->bnmt", q, k), BLOCKED)
+        weights = jnp.exp(scores - cut(lse)[..., None])
+        d_weights = _einsum("bnme,bnte->bnmt", d_o, v)
+        d_scores = (weights * (d_weights - cut(dots)[..., None])).astype(dtype)
+        d_v = _einsum("bnmt,bnme->bnte", weights.astype(dtype), d_o)
+        d_k = _einsum("bnmt,bnme->bnte", d_scores, q)
+        d_q = _einsum("bnmt,bnte->bnme", d_scores, k)
+        d_values = d_values.at[:, :, :end].add(d_v)
+        d_keys = d_keys.at[:, :, :end].add(d_k)
+        d_queries.append(d_q.reshape(b, n, g, end - start, e))
+    d_q = _merged(jnp.concatenate(d_queries, axis=3)) * e**-0.5
+    return d_q, d_keys.swapaxes(1, 2), d_values.swapaxes(1, 2), None
+
+
+attend_causal.defvjp(_forward, _backward)
+
+
+def _block(
+    q: Float[Array, "b n m e"],
+    k: Float[Array, "b n t e"],
+    v: Float[Array, "b n t e"],
+    allowed: Bool[Array, "#b 1 #m t"],
+) -> tuple[Float[Array, "b n m e"], Float[Array, "b n m"]]:
+    """Attention of (scaled) query rows, and the log-sum-exp of each row's scores."""
+    scores = jnp.where(allowed, _einsum("bnme,bnte->bnmt", q, k), BLOCKED)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _einsum("bnmt,bnte->bnme", weights.astype(v.dtype), v) / total
+    return out, (largest + jnp.log(total))[..., 0]
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Cuts the queries: (start, end) of each block."""
+    count = max(1, min(MAX_BLOCKS, length // MIN_BLOCK))
+    size = -(-length // count)
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
+
+
+def _allowed(segments: Int[Array, "b s"] | None, start: int, end: int) -> Bool[Array, "#b m t"]:
+    """Which of the keys 0 .. end-1 the queries start .. end-1 may read."""
+    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+    if segments is None:
+        # Rows are right-padded: causality alone keeps real queries away from padding.
+        return causal[None]
+    return causal & (segments[:, start:end, None] == segments[:, None, :end])
+
+
+def _grouped(
+    q: Float[Array, "b s h e"], n: int, dtype: str, *, scale: float | None = None
+) -> Float[Array, "b n g s e"]:
+    """Query heads by the key-value head they share, scaled by 1/sqrt(e)."""
+    b, s, h, e = q.shape
+    q = (q * (e**-0.5 if scale is None else scale)).astype(dtype)
+    return q.reshape(b, s, n, h // n, e).transpose(0, 2, 3, 1, 4)
+
+
+def _merged(x: Float[Array, "b n g s e"]) -> Float[Array, "b s h e"]:
+    b, n, g, s, e = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(b, s, n * g, e)

@@ -20,7 +20,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.errors import ModelError
-from jrlhf.models.attention import causal_mask, segment_mask
 from jrlhf.models.axes import Axes
 from jrlhf.models.cache import Cache
 from jrlhf.models.decoder import Context, Decoder
@@ -171,7 +170,7 @@ class Net:
             Hidden states after the final norm, and the cache with the slot written.
         """
         angles = rotation(positions[:, None], rope=self.spec.rope, head_dim=self.spec.head_dim)
-        context = Context(angles, valid[:, None, :], jnp.asarray(slot, jnp.int32))
+        context = Context(angles, valid=valid, slot=jnp.asarray(slot, jnp.int32))
         hidden, cache = _module(self.spec, params).decode(ids[:, None], context, cache)
         return hidden[:, 0], cache
 
@@ -204,12 +203,11 @@ class Net:
         segments: Int[Array, "b s"] | None,
         positions: Int[Array, "b s"] | None,
     ) -> Context:
-        """Mask and rotation of a whole forward."""
+        """What all layers of a whole forward share."""
         if positions is None:
             positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-        mask = causal_mask(ids.shape[1]) if segments is None else segment_mask(segments)
         angles = rotation(positions, rope=self.spec.rope, head_dim=self.spec.head_dim)
-        return Context(angles, mask)
+        return Context(angles, segments)
 
 
 def partition(params: Params, net: Net) -> tuple[Params, Params]:

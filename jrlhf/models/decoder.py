@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jrlhf.models.attention import attend
+from jrlhf.models.attention import attend_cache, attend_causal
 from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.cache import Cache, LayerCache, filled
 from jrlhf.models.heads import CausalHead, Readout
@@ -31,12 +31,14 @@ class Context(NamedTuple):
 
     Attributes:
         rotation: RoPE's cos and sin of each token.
-        mask: which key (or cache slot) each query may read, bool [b or 1, s, t].
-        slot: the cache slot of the first token when decoding.
+        segments: document of each token, 0 for padding; None where rows are right-padded.
+        valid: decoding only, which cache slots each row may read [b t].
+        slot: decoding only, the cache slot of the first token.
     """
 
     rotation: Rotation
-    mask: Array
+    segments: Array | None = None
+    valid: Array | None = None
     slot: Array | None = None
 
 
@@ -76,11 +78,11 @@ class Attention(nnx.Module):
         v = checkpoint_name(v, "qkv")
         memory: KeyValue | LayerCache = (k, v)
         if cache is None:
-            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            out = attend_causal(q, k, v, context.segments, self.dtype)
         else:
-            keys, values = memory = cache.write(k, v, context.slot)
-        out = attend(q, keys, values, context.mask, dtype=self.dtype)
-        return self.o(checkpoint_name(out, "attention")), memory
+            memory = cache = cache.write(k, v, context.slot)
+            out = attend_cache(q, cache.k, cache.v, context.valid, dtype=self.dtype)
+        return self.o(out), memory
 
 
 class Layer(nnx.Module):
@@ -150,7 +152,7 @@ class Decoder(nnx.Module):
     def hidden(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
         """Hidden states after the final norm, in the compute dtype."""
         x, _ = self._run(self._embed(ids), context, remat=self.spec.remat, keep=False)
-        return self.norm(x).astype(self.spec.dtype)
+        return self.norm(x)
 
     def prefill(
         self, ids: Int[Array, "b s"], context: Context, *, cache_size: int
@@ -158,7 +160,7 @@ class Decoder(nnx.Module):
         """The same forward, keeping every layer's keys and values in a cache."""
         x, memories = self._run(self._embed(ids), context, remat="none", keep=True)
         cache = tuple(filled(k, v, size=cache_size, dtype=self.spec.dtype) for k, v in memories)
-        return self.norm(x).astype(self.spec.dtype), cache
+        return self.norm(x), cache
 
     def decode(
         self, ids: Int[Array, "b s"], context: Context, cache: Cache
@@ -168,7 +170,7 @@ class Decoder(nnx.Module):
         for layer, memory in zip(self._single_layers(), cache, strict=True):
             x, memory = layer(x, context, memory)
             grown.append(memory)
-        return self.norm(x).astype(self.spec.dtype), tuple(grown)
+        return self.norm(x), tuple(grown)
 
     def head_kernel(self) -> Float[Array, "d v"]:
         """The map to logits (the embedding's transpose when tied), in the compute dtype."""

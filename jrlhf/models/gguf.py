@@ -36,7 +36,7 @@ _ROPE_FREQS = "rope_freqs.weight"
 class GGUFCheckpoint:
     """A GGUF file under Hugging Face's names and in its layout."""
 
-    kind = "gguf"
+    kind: str = "gguf"
 
     def __init__(self, path: Path) -> None:
         """Maps the file into memory and reads its metadata.
@@ -50,7 +50,9 @@ class GGUFCheckpoint:
         self.config: Mapping[str, Any] = _config(file)
         self.generation_config: Mapping[str, Any] | None = _generation_config(file)
         self._tensors = self._rename(file.tensors)
-        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tensor.shape for name, tensor in self._tensors.items()
+        }
 
     def _rename(self, tensors: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
         theirs = dict(_TOP)

@@ -48,7 +48,7 @@ def unpermute_rows(heads: int, rows: int) -> np.ndarray:
 class GlassLLMCheckpoint:
     """A glassllm model under Hugging Face's names and in its layout."""
 
-    kind = "glassllm"
+    kind: str = "glassllm"
     generation_config: Mapping[str, Any] | None = None
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,9 @@ class GlassLLMCheckpoint:
             self._arrays = self._rename(arrays)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ModelError(f"{path} is not a glassllm model: {error!r}") from error
-        self.shapes = {name: array.shape for name, array in self._arrays.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: array.shape for name, array in self._arrays.items()
+        }
 
     def _rename(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         heads = {

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 Params = dict[str, Any]
 Keys = tuple[str, ...]
 Shardings = Callable[[Net, Params], Any]
+_READERS: dict[str, Callable[[Path], Checkpoint]] = {
+    "hf": SafetensorsCheckpoint,
+    "gguf": GGUFCheckpoint,
+    "glassllm": GlassLLMCheckpoint,
+}
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 # What a bare trunk (transformers' LlamaModel) leaves off the names.
 _TRUNK_PREFIX = "model."
@@ -62,9 +67,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UnsupportedModelError: a file of an unknown kind.
     """
     kind, path = hub.kind_of(path)
-    return {"hf": SafetensorsCheckpoint, "gguf": GGUFCheckpoint, "glassllm": GlassLLMCheckpoint}[
-        kind
-    ](path)
+    return _READERS[kind](path)
 
 
 def load_pretrained(
@@ -204,7 +207,8 @@ def _fill(
     """Makes one leaf; each device's part is read once, and nothing else."""
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if bounds not in parts:  # replicas share what was read
             parts[bounds] = _read_part(checkpoint, places, bounds, np.dtype(dtype))

@@ -223,18 +223,20 @@ class Rollouts:
                 f"Rollout {rollout} got {len(prompts)} prompts; {self.plan.rows} rows in groups of "
                 f"{self.plan.group} need {self.plan.rows // self.plan.group}."
             )
-        rows = [prompt for prompt in prompts for _ in range(self.plan.group)]
-        own = devices.own_rows(len(rows))
+        own = devices.own_rows(len(prompts))
+        prompts = list(prompts)[own]
         done = self.engine.generate(
             self.actor.policy(trainable, self.frozen),
-            [row["ids"] for row in rows[own]],
+            [row["ids"] for row in prompts],
             seed=self.plan.seed,
             step=rollout,
-            row_ids=range(len(rows))[own],
+            row_ids=range(self.plan.rows)[devices.own_rows(self.plan.rows)],
+            group=self.plan.group,
             prompt_length=self.plan.prompt_length,
             progress=self._progress,
         )
-        return list(zip(rows[own], done, strict=True))
+        rows = [prompt for prompt in prompts for _ in range(self.plan.group)]
+        return list(zip(rows, done, strict=True))
 
     def _seen(self, done: Sequence[tuple[Mapping[str, Any], Completion]]) -> Completions:
         """The rollout as reward functions see it."""
@@ -331,7 +333,7 @@ class Rollouts:
         if self.kl_coef is not None and "objective/kl" in values:
             self.kl_coef = float(
                 self.algorithm.next_kl_coef(
-                    self.kl_coef, values["objective/kl"], episodes=self.plan.rows
+                    self.kl_coef, values["objective/kl"], episodes=float(self.plan.rows)
                 )
             )
         self._pending.append(values)

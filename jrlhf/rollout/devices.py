@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jrlhf.errors import MeshError
 from jrlhf.sharding import place, rules
 from jrlhf.types import Batch
 
@@ -52,7 +53,9 @@ def agree_max(number: int) -> int:
 
 def own_rows(count: int) -> slice:
     """Which of `count` global rows this process holds: a contiguous share."""
-    share = count // jax.process_count()
+    share, rest = divmod(count, jax.process_count())
+    if rest:
+        raise MeshError(f"{count} rows do not divide over {jax.process_count()} processes.")
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrlhf.errors import DataError, PromptTooLongError
+from jrlhf.errors import DataError, ModelError, PromptTooLongError
 from jrlhf.models.build import Net
 from jrlhf.rollout.devices import agree_max, put, round_up, row_shards, to_host
 from jrlhf.rollout.sampling import Sampled, SamplingParams, sample
@@ -109,11 +109,12 @@ class Engine:
         role: str = "rollout",
         step: int = 0,
         row_ids: Sequence[int] | None = None,
+        group: int = 1,
         prompt_length: int | None = None,
         max_new_tokens: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
-        """Samples one completion per prompt.
+        """Samples `group` completions per prompt, neighbours in the result.
 
         Args:
             params: the policy's parameters, on the device, sharded in any way.
@@ -121,7 +122,8 @@ class Engine:
             seed: of the run.
             role: what the samples are for; another role draws other samples.
             step: the rollout's number in the run.
-            row_ids: global ids of the rows, default 0, 1, …; a row's samples follow its id.
+            row_ids: global ids of the completions, default 0, 1, …; a row's samples follow its id.
+            group: completions per prompt; they share its prefill.
             prompt_length: pad prompts to exactly this; default: a bucket per chunk.
             max_new_tokens: stop earlier than `sampling.max_new_tokens`, by the same executable.
             progress: called with (rows done, rows in all) after each chunk.
@@ -130,28 +132,33 @@ class Engine:
             DataError: a prompt without tokens.
             PromptTooLongError: prompt and completion do not fit the model's context.
         """
-        ids = list(range(len(prompts))) if row_ids is None else [int(i) for i in row_ids]
+        ids = list(range(len(prompts) * group)) if row_ids is None else [int(i) for i in row_ids]
         limit = max_new_tokens or self.sampling.max_new_tokens
-        self._check(prompts, ids, prompt_length, limit)
+        self._check(prompts, len(ids) // group, prompt_length, limit)
+        rows = self._row_count(len(ids))
+        share = self._share(rows, group)
+        prompts = [prompt for prompt in prompts for _ in range(group // share)]
+        owned = [ids[i * share : (i + 1) * share] for i in range(len(prompts))]
         # Sorting makes chunks a function of the set of rows, not of their order.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), ids[i]))
-        rows = self._row_count(len(prompts))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), owned[i]))
         if prompt_length is None and jax.process_count() > 1:  # all must run the same shapes
             longest = agree_max(max(len(p) for p in prompts))
             prompt_length = bucket(longest, self._bucket)
-        out: list[Completion | None] = [None] * len(prompts)
-        for start in range(0, len(order), rows):
-            chunk = order[start : start + rows]
+        out: list[list[Completion]] = [[] for _ in prompts]
+        count = rows // share
+        for start in range(0, len(order), count):
+            chunk = order[start : start + count]
             width = prompt_length or bucket(max(len(prompts[i]) for i in chunk), self._bucket)
-            host = pad_rows([prompts[i] for i in chunk], count=rows, length=width)
-            wanted = np.zeros(rows, np.uint32)
-            wanted[: len(chunk)] = [ids[i] for i in chunk]
+            host = pad_rows([prompts[i] for i in chunk], count=count, length=width)
+            wanted = np.zeros(count * share, np.uint32)
+            wanted[: len(chunk) * share] = [row for i in chunk for row in owned[i]]
             sampled = self._run(params, *host, wanted, (seed, role_id(role), step), limit)
             for place, i in enumerate(chunk):
-                out[i] = self._completion(sampled, place)
+                found = range(place * share, (place + 1) * share)
+                out[i] = [self._completion(sampled, row) for row in found]
             if progress is not None:
-                progress(start + len(chunk), len(order))
-        return out  # type: ignore[return-value]
+                progress((start + len(chunk)) * share, len(ids))
+        return [completion for row in out for completion in row]
 
     def _run(
         self,
@@ -163,8 +170,7 @@ class Engine:
         limit: int,
     ) -> Sampled:
         seed, role, step = (np.uint32(x % 2**32) for x in root)
-        batch = {"ids": ids, "lengths": lengths, "row_ids": row_ids}
-        placed = put(self._mesh, batch)
+        placed = put(self._mesh, {"ids": ids, "lengths": lengths, "row_ids": row_ids})
         keys = row_keys(seed, role, step, placed["row_ids"])
         result = sample(
             self.net,
@@ -176,7 +182,13 @@ class Engine:
             np.int32(limit),
             mesh=self._mesh,
         )
-        return jax.tree.map(to_host, result)
+        found = jax.tree.map(to_host, result)
+        if not np.isfinite(found.logps).all():
+            raise ModelError(
+                f"The policy's log-probs are not finite at rollout {step}: its weights are NaN or "
+                "infinite, or the logits overflow."
+            )
+        return found
 
     def _completion(self, sampled: Sampled, row: int) -> Completion:
         n = int(sampled.lengths[row])
@@ -196,16 +208,23 @@ class Engine:
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         return any(s in text for s in self._stops)
 
-    def _row_count(self, prompts: int) -> int:
-        rows = self._rows or min(64, 1 << max(0, prompts - 1).bit_length())
-        return round_up(rows, row_shards(self._mesh))
+    def _row_count(self, completions: int) -> int:
+        """Rows of one call that belong to this process."""
+        processes = jax.process_count()
+        rows = self._rows or min(64, 1 << max(0, completions * processes - 1).bit_length())
+        return round_up(rows, row_shards(self._mesh)) // processes
+
+    def _share(self, rows: int, group: int) -> int:
+        """Completions per prefilled prompt: the group where the prompts of a call can be cut."""
+        prompts, shards = rows // group, row_shards(self._mesh) // jax.process_count()
+        return group if prompts and prompts % max(shards, 1) == 0 else 1
 
     def _check(
-        self, prompts: Sequence[Sequence[int]], ids: list[int], width: int | None, limit: int
+        self, prompts: Sequence[Sequence[int]], given: int, width: int | None, limit: int
     ) -> None:
         context = self.net.spec.max_position_embeddings
-        if len(ids) != len(prompts):
-            raise DataError(f"{len(prompts)} prompts came with {len(ids)} row_ids.")
+        if given != len(prompts):
+            raise DataError(f"{len(prompts)} prompts came with row_ids for {given}.")
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise DataError(f"Prompt {i} has no tokens; the model needs at least one (a BOS).")

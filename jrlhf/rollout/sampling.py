@@ -78,18 +78,18 @@ class Sampled(NamedTuple):
         steps: tokens drawn before all rows had ended; the others cost nothing.
     """
 
-    ids: Int[Array, "b n"]
-    lengths: Int[Array, " b"]
-    logps: Float[Array, "b n"]
-    done: Bool[Array, " b"]
+    ids: Int[Array, "r n"]
+    lengths: Int[Array, " r"]
+    logps: Float[Array, "r n"]
+    done: Bool[Array, " r"]
     steps: Int[Array, ""]
 
 
 class _State(NamedTuple):
     out: Sampled
-    last: Int[Array, " b"]  # the newest token, not yet in the cache
+    last: Int[Array, " r"]  # the newest token, not yet in the cache
     cache: PyTree
-    seen: Bool[Array, "b v"] | None  # tokens in prompt or completion; None without a penalty
+    seen: Bool[Array, "r v"] | None  # tokens in prompt or completion; None without a penalty
 
 
 @functools.partial(jax.jit, static_argnames=("net", "sampling", "mesh"))
@@ -98,20 +98,21 @@ def sample(
     params: PyTree,
     prompt_ids: Int[Array, "b p"],
     prompt_lengths: Int[Array, " b"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " r"],
     sampling: SamplingParams,
     limit: Int[Array, ""] | int | None = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Sampled:
-    """Samples a completion for every right-padded prompt.
+    """Samples completions for right-padded prompts.
 
     Args:
         net: a causal language model.
         params: its parameters.
         prompt_ids: prompts, padded on the right with anything.
         prompt_lengths: real tokens of each prompt; a row of length 0 is filler and samples nothing.
-        keys: one typed key per row.
+        keys: one typed key per completion, r = b · g of them: the completions of a prompt are
+            neighbours, and its prefill is run once for all g.
         sampling: see `SamplingParams`.
         limit: stop after so many tokens, at most `max_new_tokens`; traced, so that near-by limits
             share one executable.
@@ -126,16 +127,19 @@ def _sample(
     params: PyTree,
     prompt_ids: Int[Array, "b p"],
     prompt_lengths: Int[Array, " b"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " r"],
     sampling: SamplingParams,
     limit: Int[Array, ""] | int | None,
 ) -> Sampled:
-    b, p = prompt_ids.shape
-    n = sampling.max_new_tokens
+    (b, p), r, n = prompt_ids.shape, keys.shape[0], sampling.max_new_tokens
     limit = jnp.int32(n) if limit is None else jnp.minimum(jnp.asarray(limit, jnp.int32), n)
     lengths = jnp.maximum(prompt_lengths, 1)  # filler rows must not index position -1
     hidden, cache = net.prefill(params, prompt_ids, lengths, cache_size=p + n)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    if r != b:
+        per_prompt = (last_hidden, cache, lengths, prompt_ids, prompt_lengths)
+        spread = jax.tree.map(lambda x: jnp.repeat(x, r // b, axis=0), per_prompt)
+        last_hidden, cache, lengths, prompt_ids, prompt_lengths = spread
     light = net.unstack(params)
     head = net.head(light)
 
@@ -143,7 +147,7 @@ def _sample(
     steps = jnp.arange(p + n)[None, :]
     in_cache = jnp.pad(in_prompt, ((0, 0), (0, n)))
 
-    def draw(state: _State, hidden: Float[Array, "b d"]) -> _State:
+    def draw(state: _State, hidden: Float[Array, "r d"]) -> _State:
         return _draw(net, head, keys, sampling, state, hidden)
 
     def body(state: _State) -> _State:
@@ -158,16 +162,16 @@ def _sample(
         return (state.out.steps < limit) & ~jnp.all(state.out.done)
 
     blank = Sampled(
-        ids=jnp.full((b, n), sampling.pad_token_id, jnp.int32),
-        lengths=jnp.zeros((b,), jnp.int32),
-        logps=jnp.zeros((b, n), jnp.float32),
+        ids=jnp.full((r, n), sampling.pad_token_id, jnp.int32),
+        lengths=jnp.zeros((r,), jnp.int32),
+        logps=jnp.zeros((r, n), jnp.float32),
         done=prompt_lengths == 0,
         steps=jnp.int32(0),
     )
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = ops.seen_tokens(prompt_ids, prompt_lengths, vocab=head.shape[-1])
-    first = _State(blank, jnp.zeros((b,), jnp.int32), cache, seen)
+    first = _State(blank, jnp.zeros((r,), jnp.int32), cache, seen)
     out = jax.lax.while_loop(running, body, draw(first, last_hidden)).out
     return out._replace(done=out.done & (prompt_lengths > 0))
 
@@ -175,10 +179,10 @@ def _sample(
 def _draw(
     net: Net,
     head: Float[Array, "d v"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " r"],
     sampling: SamplingParams,
     state: _State,
-    hidden: Float[Array, "b d"],
+    hidden: Float[Array, "r d"],
 ) -> _State:
     """Draws the next token of every row from its newest hidden state."""
     out = state.out

@@ -119,7 +119,12 @@ class Checkpoints:
         }
         text = json.dumps(self.config, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return {"config": self.config, "digest": digest, "versions": versions}
+        return {
+            "config": self.config,
+            "digest": digest,
+            "versions": versions,
+            "processes": jax.process_count(),
+        }
 
     def _rotate(self, written: int) -> None:
         if self.total_limit is None or self.total_limit <= 0:
@@ -138,7 +143,11 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none.
         """
-        candidates = [self.directory] if resume is True else [Path(resume), self.directory / resume]
+        if resume is True:
+            candidates = [self.directory]
+        else:
+            # An absolute path is the same in both ways.
+            candidates = list(dict.fromkeys((Path(resume), self.directory / resume)))
         for path in candidates:
             if _NAME.fullmatch(path.name) and (path / "trainer_state.json").is_file():
                 return path.absolute()
@@ -148,6 +157,11 @@ class Checkpoints:
             f"resume_from_checkpoint={resume!r}: no checkpoint-<step> in "
             f"{' or '.join(str(path) for path in candidates)}."
         )
+
+    def check(self, path: str | Path, like: TrainState) -> None:
+        """Raises CheckpointError unless the checkpoint holds the leaves of `like`."""
+        saved = _read_json(Path(path) / "tree.json")
+        compare(saved, _shapes(like), where=str(path))
 
     def restore(self, path: str | Path, like: TrainState) -> Restored:
         """Reads a checkpoint into the shardings of another state.
@@ -161,7 +175,7 @@ class Checkpoints:
                 array is read), or a file that is missing or damaged.
         """
         path = Path(path).absolute()
-        compare(_read_json(path / "tree.json"), _shapes(like), where=str(path))
+        self.check(path, like)
         saved = _read_json(path / "config.json")["config"]
         names = (set(saved) | set(self.config)) - _HARMLESS
         missing = object()
@@ -274,12 +288,14 @@ def _write_source(directory: Path, source: Mapping[str, Any]) -> None:
 
 
 def _read_source(directory: Path) -> dict[str, Any]:
-    stem = directory / f"source-{jax.process_index()}"
-    if not stem.with_suffix(".json").is_file():
-        raise CheckpointError(
-            f"{directory} was not written by {jax.process_count()} processes: no {stem.name}."
-        )
+    wrote, now = _read_json(directory / "config.json")["processes"], jax.process_count()
+    stem = directory / f"source-{jax.process_index() if wrote == now else 0}"
     with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
+        if wrote != now and arrays.files:
+            # A position in the data is the same for everybody; rows in a buffer are not.
+            raise CheckpointError(
+                f"{directory} holds the rollouts of {wrote} processes, so {now} cannot resume it."
+            )
 
         def fill(value: Any) -> Any:
             if isinstance(value, dict):

@@ -35,8 +35,8 @@ class TrainingInterrupted(SystemExit):
 class Interrupts:
     """Notes a signal until the loop asks; a second one is obeyed at once.
 
-    Signals are taken only in the main thread (Python has no other way). With several processes
-    SIGTERM is left to jax, which makes all of them stop at the same step.
+    Signals are taken only in the main thread (Python has no other way). With several processes they
+    are left to jax, which makes all of them stop at the same step when one gets SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,9 @@ class Interrupts:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            wanted = [signal.SIGINT]
-            if jax.process_count() == 1:
-                wanted.append(signal.SIGTERM)
+        main = threading.current_thread() is threading.main_thread()
+        if main and jax.process_count() == 1:
+            wanted = (signal.SIGTERM, signal.SIGINT)
             self._previous = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
@@ -66,6 +65,6 @@ class Interrupts:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            if multihost_utils.reached_preemption_sync_point(step):
-                return "SIGTERM"
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return "SIGTERM" if reached else None
         return self._received

@@ -24,7 +24,7 @@ from jrlhf.train.checkpoint import Checkpoints
 from jrlhf.train.interrupt import Interrupts, TrainingInterrupted
 from jrlhf.train.metrics import Meter, jsonable
 from jrlhf.train.progress import Progress
-from jrlhf.train.state import TrainState
+from jrlhf.train.state import TrainState, abstract
 from jrlhf.train.step import Step
 from jrlhf.train.writers import Writer, make_writers
 from jrlhf.types import Batch, PyTree
@@ -106,7 +106,8 @@ class Loop:
         """Trains to the end.
 
         Args:
-            state: the first state; when resuming only its structure and shardings matter. Donated.
+            state: the first state, which is donated. When resuming, only its structure and
+                shardings matter.
             frozen: parameters without gradients.
             resume_from_checkpoint: as `Checkpoints.find`; None takes the config's.
 
@@ -190,7 +191,11 @@ class Loop:
 
     def _restore(self, path: Path) -> None:
         assert self.state is not None
-        found = self._checkpoints.restore(path, self.state)
+        like = abstract(self.state)
+        self._checkpoints.check(path, like)
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()  # donated; there may be no room for two states
+        found = self._checkpoints.restore(path, like)
         if found.changed:
             logger.warning(
                 "%s was written with other values of %s; the run goes on with the new ones.",
@@ -227,11 +232,14 @@ class Loop:
         if self.steps_per_epoch:
             now.epoch = now.global_step / self.steps_per_epoch
         self._progress.step()
-        self._plan()
+        self._plan_step()
         self._call("on_step_end")
-        if self._epoch_boundary():
-            self._call("on_epoch_end")
         self._act()
+        if self._epoch_boundary():
+            self._control.should_evaluate |= self.args.eval_strategy == "epoch"
+            self._control.should_save |= self.args.save_strategy == "epoch"
+            self._call("on_epoch_end")
+            self._act()
         if name := self._interrupts.received(now.global_step):
             raise TrainingInterrupted(name, step=now.global_step, checkpoint=str(self._save_once()))
 
@@ -244,24 +252,25 @@ class Loop:
         if len(self._in_flight) > _IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
 
-    def _plan(self) -> None:
+    def _plan_step(self) -> None:
         """What the config asks for after this step, as transformers' default flow."""
         now, args, control = self.trainer_state, self.args, self._control
         last = now.global_step >= self.total_steps
-        due = {"no": False, "epoch": self._epoch_boundary()}
         control.should_log |= now.global_step % now.logging_steps == 0
-        evaluates = due | {"steps": last or now.global_step % now.eval_steps == 0}
-        control.should_evaluate |= evaluates[args.eval_strategy]
-        saves = due | {"steps": last or now.global_step % now.save_steps == 0}
-        control.should_save |= saves[args.save_strategy]
+        if args.eval_strategy == "steps":
+            control.should_evaluate |= last or now.global_step % now.eval_steps == 0
+        if args.save_strategy == "steps":
+            control.should_save |= last or now.global_step % now.save_steps == 0
 
     def _act(self) -> None:
+        """Does what the control asks for, and clears it."""
         if self._control.should_epoch_stop:
             raise ConfigError(
                 "A callback set should_epoch_stop, which is not supported: an epoch's order is "
                 "fixed. Set should_training_stop."
             )
         if self._control.should_log:
+            self._control.should_log = False
             self._log_interval()
         if not (self._control.should_evaluate or self._control.should_save):
             return
@@ -272,7 +281,9 @@ class Loop:
             metrics = dict(self.evaluate(self.state))  # type: ignore[arg-type]
             self._log(metrics)
             self._call("on_evaluate", metrics=metrics)
+        self._control.should_evaluate = False
         if self._control.should_save:
+            self._control.should_save = False
             self._save_once()
         self._meter.pause(time.perf_counter() - begun)
 

@@ -70,27 +70,22 @@ class DPOTrainer(Trainer):
     ) -> None:
         given = {"model": model, "ref_model": ref_model, "args": args,
                  "train_dataset": train_dataset, "processing_class": processing_class}  # fmt: skip
-        given = setup.modernise("DPOTrainer", DPOConfig, given, old)
-        model = setup.need(given["model"], "DPOTrainer", "a model")
-        self.args = args = setup.named_output(given["args"], model, "DPO")
-        setup.use_compile_cache()
-        tokenizer = setup.tokenizer_for(given["processing_class"], model, "DPOTrainer")
-        self.processing_class = tokenizer
-        context = setup.context_length(model)
-        longest = min(args.max_length or context, context)
+        start = setup.start("DPOTrainer", DPOConfig, "DPO", given, old)
+        self.args, self.processing_class = start.args, start.tokenizer
+        longest = start.max_length
         self._data = OfflineData(
-            args,
-            setup.mesh_for(args, model),
-            functools.partial(preference_rows, tokenizer=tokenizer, max_length=longest),
-            functools.partial(pair_batch, pad_id=setup.pad_id(tokenizer)),
+            start.args,
+            start.mesh,
+            functools.partial(preference_rows, tokenizer=start.tokenizer, max_length=longest),
+            functools.partial(pair_batch, pad_id=setup.pad_id(start.tokenizer)),
             max_length=longest,
             annotate=self._with_reference,
         )
-        data = self._data.training(given["train_dataset"])
+        data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
-        self.model = setup.open_model(model, args, self._data.mesh, face="DPOTrainer")
-        self.ref_model = given["ref_model"]
-        self._reference = setup.reference_of(self.model, self.ref_model, args, "DPOTrainer")
+        self.model = setup.open_model(start.model, start.args, start.mesh, face="DPOTrainer")
+        self.ref_model = start.given["ref_model"]
+        self._reference = setup.reference_of(self.model, self.ref_model, start.args, "DPOTrainer")
         self._actor = Actor(self.model.net)
         self._prepare(
             actor=self._actor,

@@ -16,13 +16,12 @@ from jrlhf.data.rows import RowStream
 from jrlhf.data.sources import load_rows
 from jrlhf.data.tokenize import prompt_rows
 from jrlhf.errors import ConfigError, PromptTooLongError
-from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.rollout.engine import Engine, bucket
 from jrlhf.rollout.reward_model import RewardModel
 from jrlhf.rollout.rewards import RewardSuite
 from jrlhf.rollout.sampling import SamplingParams
 from jrlhf.sharding.distributed import is_main
-from jrlhf.trainers.setup import pad_id
+from jrlhf.trainers.setup import Start, compute_dtype, pad_id
 
 log = logging.getLogger(__name__)
 
@@ -38,39 +37,32 @@ class Prompts:
 
     def __init__(
         self,
-        dataset: Any,
-        tokenizer: Any,
+        start: Start,
         *,
         count: int,
-        context: int,
         max_new_tokens: int,
-        max_prompt_length: int | None,
         overlong: str,
-        seed: int,
         shuffle: bool = True,
     ) -> None:
         """Loads and tokenizes.
 
         Args:
-            dataset: rows of prompt, of chosen and rejected, or of input_ids.
-            tokenizer: the policy's.
+            start: of the face; its dataset has rows of prompt, of chosen and rejected, or of
+                input_ids.
             count: prompts per rollout.
-            context: positions of the model.
             max_new_tokens: longest completion that is asked for.
-            max_prompt_length: longer prompts are treated as `overlong` says; None: the context's
-                room.
-            overlong: "error", "drop" or "truncate" (keeps the end).
-            seed: of the order.
+            overlong: what to do with prompts beyond the config's max_prompt_length (None: what the
+                context leaves): "error", "drop" or "truncate" (keeps the end).
             shuffle: another order each epoch.
 
         Raises:
-            PromptTooLongError: a prompt that fills the context, or is overlong with "error".
+            PromptTooLongError: a prompt that is overlong, with "error".
         """
-        limit = context - 1 if max_prompt_length is None else min(max_prompt_length, context - 1)
+        context, wanted = start.context, start.args.max_prompt_length
         rows = prompt_rows(
-            load_rows(dataset),
-            tokenizer,
-            max_prompt_length=limit,
+            load_rows(start.given["train_dataset"]),
+            start.tokenizer,
+            max_prompt_length=context - 1 if wanted is None else min(wanted, context - 1),
             overlong=overlong,  # type: ignore[arg-type]
         )
         if isinstance(rows, RowStream):
@@ -87,7 +79,9 @@ class Prompts:
         self.length = min(bucket(longest), context - self.room)
         if self.length < longest:
             raise PromptTooLongError(f"A prompt has {longest} tokens, the context {context}.")
-        self._order = Order(len(rows), batch_size=count, seed=seed, shuffle=shuffle, wrap=True)
+        self._order = Order(
+            len(rows), batch_size=count, seed=start.data_seed, shuffle=shuffle, wrap=True
+        )
         self.per_epoch = self._order.steps_per_epoch
 
     def __call__(self, rollout: int) -> Sequence[Mapping[str, Any]]:
@@ -122,49 +116,59 @@ def eos_ids(model: Model, tokenizer: Any) -> list[int]:
 
 def reward_suite(
     rewards: Any,
-    tokenizer: Any,
+    start: Start,
     *,
-    mesh: jax.sharding.Mesh,
     rows: int,
     tokenizers: Any = None,
     weights: Sequence[float] | None = None,
-    dtype: str = "float32",
 ) -> RewardSuite:
     """Reward functions and models, as users give them.
 
     Args:
         rewards: a callable, a classifier, its path or hub name, or a list of these.
-        tokenizer: the policy's.
-        mesh: where reward models that are loaded here go.
+        start: of the face.
         rows: completions that a reward model reads at a time.
-        tokenizers: one per reward (or one alone), for models that are not their own's; None: theirs.
+        tokenizers: one per reward (or one alone), for models that have not their own.
         weights: one per reward.
-        dtype: compute type of reward models loaded here.
     """
     several = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     given = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
     given += [None] * (len(several) - len(given))
     functions: list[Any] = []
     for reward, own in zip(several, given, strict=True):
-        name = "reward_model"
-        if isinstance(reward, (str, Path)):
-            name = Path(reward).name if Path(reward).name != "model" else Path(reward).parent.name
-            own = own or load_tokenizer(reward)
-            reward = AutoModelForSequenceClassification.from_pretrained(
-                reward, num_labels=1, mesh=mesh, dtype=dtype
-            )
-        if isinstance(reward, Model):
-            reward = RewardModel(
-                reward.net,
-                reward.params,
-                own or reward.tokenizer,
-                policy_tokenizer=tokenizer,
-                rows=rows,
-                mesh=reward.mesh,
-                name=name,
-            )
+        if isinstance(reward, (str, Path, Model)):
+            reward = reward_model(reward, start.tokenizer, mesh=start.mesh, rows=rows,
+                                  tokenizer=own, dtype=compute_dtype(start.args))  # fmt: skip
         functions.append(reward)
     return RewardSuite(functions, weights)
+
+
+def reward_model(
+    model: Any,
+    policy_tokenizer: Any,
+    *,
+    mesh: jax.sharding.Mesh,
+    rows: int,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+) -> RewardModel:
+    """A classifier, or its path or hub name, as a reward."""
+    name = "reward_model"
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        name = path.parent.name if path.name == "model" and path.parent.name else path.name
+        model = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, mesh=mesh, dtype=dtype
+        )
+    return RewardModel(
+        model.net,
+        model.params,
+        tokenizer or model.tokenizer,
+        policy_tokenizer=policy_tokenizer,
+        rows=rows,
+        mesh=model.mesh,
+        name=name,
+    )
 
 
 class ShowSamples:
@@ -188,4 +192,11 @@ class ShowSamples:
                 )
         for row in rows:
             prompt, answer = row["prompt"][-60:], row["completion"][:120]
-            print(f"  {row['reward']:+8.3f}  …{prompt!r} → {answer!r}")
+            print(f"  {row['reward']:+8.3f}  …{prompt!r} → {answer!r}")  # noqa: T201 (asked for)
+
+
+def samples_of(source: Any, args: Any) -> list[ShowSamples]:
+    """The callback that `log_completions` asks for."""
+    if not args.log_completions:
+        return []
+    return [ShowSamples(lambda: source.samples, args.num_completions_to_print)]

@@ -34,7 +34,7 @@ class RewardTrainer(Trainer):
     """Trains a reward model (Bradley-Terry).
 
     Args:
-        model: a path, a hub name, or a model of `AutoModelForSequenceClassification` with one label.
+        model: a path, a hub name, or an `AutoModelForSequenceClassification` with one label.
         args: a `RewardConfig`.
         train_dataset: rows of chosen and rejected, and perhaps prompt and margin.
         eval_dataset: the same, for `evaluate`.
@@ -54,29 +54,20 @@ class RewardTrainer(Trainer):
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
                  "processing_class": processing_class}  # fmt: skip
-        given = setup.modernise("RewardTrainer", RewardConfig, given, old)
-        model = setup.need(given["model"], "RewardTrainer", "a model")
-        self.args = args = setup.named_output(given["args"], model, "Reward")
-        setup.use_compile_cache()
-        tokenizer = setup.tokenizer_for(given["processing_class"], model, "RewardTrainer")
-        self.processing_class = tokenizer
-        context = setup.context_length(model)
-        longest = min(args.max_length or context, context)
+        start = setup.start("RewardTrainer", RewardConfig, "Reward", given, old)
+        self.args, self.processing_class = start.args, start.tokenizer
+        tokenizer = encoder(start.tokenizer, start.args.chat_template_path)
         self._data = OfflineData(
-            args,
-            setup.mesh_for(args, model),
-            functools.partial(
-                reward_rows,
-                tokenizer=encoder(tokenizer, args.chat_template_path),
-                max_length=longest,
-            ),
-            functools.partial(pair_batch, pad_id=setup.pad_id(tokenizer)),
-            max_length=longest,
+            start.args,
+            start.mesh,
+            functools.partial(reward_rows, tokenizer=tokenizer, max_length=start.max_length),
+            functools.partial(pair_batch, pad_id=setup.pad_id(start.tokenizer)),
+            max_length=start.max_length,
         )
-        data = self._data.training(given["train_dataset"])
+        data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
         self.model = setup.open_model(
-            model, args, self._data.mesh, head="classifier", face="RewardTrainer"
+            start.model, start.args, start.mesh, head="classifier", face="RewardTrainer"
         )
         setup.one_label(self.model, "RewardTrainer")
         self._prepare(

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,7 +27,7 @@ from jrlhf.sharding.mesh import data_shards, make_mesh
 
 # Arguments of TRL's trainers that belong to PyTorch.
 _REFUSED = {
-    "optimizers": "choose the optimizer with the config's optim, learning_rate and lr_scheduler_type",
+    "optimizers": "choose it with the config's optim, learning_rate and lr_scheduler_type",
     "optimizer_cls_and_kwargs": "choose the optimizer with the config's optim",
     "peft_config": "adapters are not supported; use num_layers_unfrozen",
     "quantization_config": "quantised weights are not supported",
@@ -89,7 +89,56 @@ def modernise(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, DeprecationWarning, stacklevel=4)
+    warnings.warn(text, DeprecationWarning, stacklevel=5)
+
+
+class Start(NamedTuple):
+    """What every face knows once its arguments are read; no weight is loaded yet.
+
+    Attributes:
+        args: the config, with an output_dir.
+        model: as given: a path, a hub name or a model.
+        tokenizer: the policy's (or classifier's).
+        mesh: where the run lives.
+        context: positions of the model.
+        given: the face's arguments, old names translated.
+    """
+
+    args: Any
+    model: Any
+    tokenizer: Any
+    mesh: jax.sharding.Mesh
+    context: int
+    given: dict[str, Any]
+
+    @property
+    def max_length(self) -> int:
+        """The config's max_length within the context."""
+        return min(self.args.max_length or self.context, self.context)
+
+    @property
+    def data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+
+def start(
+    face: str, config_class: type, kind: str, given: dict[str, Any], old: dict[str, Any]
+) -> Start:
+    """Reads a face's arguments; everything that can be wrong without a model is found here."""
+    given = modernise(face, config_class, given, old)
+    fallback = getattr(given["args"], "sft_model_path", None)
+    model = need(given["model"] or fallback, face, "a model")
+    need(given["train_dataset"], face, "a train_dataset")
+    args = named_output(given["args"], model, kind)
+    use_compile_cache()
+    return Start(
+        args,
+        model,
+        tokenizer_for(given["processing_class"], model, face),
+        mesh_for(args, model),
+        context_length(model),
+        given,
+    )
 
 
 def need(value: Any, face: str, name: str) -> Any:
@@ -247,7 +296,7 @@ def reference_of(model: Model, ref_model: Any, args: TrainingConfig, face: str) 
     """The trainable half of the reference policy; the frozen half is shared with the policy.
 
     Raises:
-        ModelError: the reference is of another shape, or its frozen layers differ from the policy's.
+        ModelError: the reference is of another shape, or its frozen layers are not the policy's.
     """
     trainable, frozen = partition(model.params, model.net)
     if ref_model is None:
@@ -289,4 +338,4 @@ def open_value_model(
 @functools.lru_cache
 def say_once(text: str) -> None:
     """A warning that is printed once per process."""
-    warnings.warn(text, UserWarning, stacklevel=4)
+    warnings.warn(text, UserWarning, stacklevel=3)

@@ -70,36 +70,12 @@ class SFTTrainer(Trainer):
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
                  "processing_class": processing_class}  # fmt: skip
-        given = setup.modernise("SFTTrainer", SFTConfig, given, old)
-        model = setup.need(given["model"], "SFTTrainer", "a model")
-        self.args = args = setup.named_output(given["args"], model, "SFT")
-        setup.use_compile_cache()
-        tokenizer = setup.tokenizer_for(given["processing_class"], model, "SFTTrainer")
-        self.processing_class = tokenizer
-        context = setup.context_length(model)
-        rows_of = functools.partial(
-            sft_rows,
-            tokenizer=encoder(tokenizer, args.chat_template_path),
-            max_length=min(args.max_length or context, context),
-            packing=args.packing,
-            packing_strategy=args.packing_strategy,
-            completion_only_loss=args.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            dataset_text_field=args.dataset_text_field,
-            formatting_func=formatting_func,
-        )
-        self._data = OfflineData(
-            args,
-            setup.mesh_for(args, model),
-            rows_of,
-            functools.partial(lm_batch, pad_id=setup.pad_id(tokenizer)),
-            max_length=min(args.max_length or context, context),
-            always_longest=args.packing,
-            shuffle=args.shuffle_dataset,
-        )
-        data = self._data.training(given["train_dataset"])
+        start = setup.start("SFTTrainer", SFTConfig, "SFT", given, old)
+        self.args, self.processing_class = start.args, start.tokenizer
+        self._data = _data(start, formatting_func)
+        data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
-        self.model = setup.open_model(model, args, self._data.mesh, face="SFTTrainer")
+        self.model = setup.open_model(start.model, start.args, start.mesh, face="SFTTrainer")
         self._prepare(
             actor=Actor(self.model.net),
             source=data.source,
@@ -112,3 +88,27 @@ class SFTTrainer(Trainer):
 
     def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:
         return self._data.evaluation(dataset)
+
+
+def _data(start: setup.Start, formatting_func: Callable[[dict[str, Any]], str] | None) -> Any:
+    args = start.args
+    rows_of = functools.partial(
+        sft_rows,
+        tokenizer=encoder(start.tokenizer, args.chat_template_path),
+        max_length=start.max_length,
+        packing=args.packing,
+        packing_strategy=args.packing_strategy,
+        completion_only_loss=args.completion_only_loss,
+        assistant_only_loss=args.assistant_only_loss,
+        dataset_text_field=args.dataset_text_field,
+        formatting_func=formatting_func,
+    )
+    return OfflineData(
+        args,
+        start.mesh,
+        rows_of,
+        functools.partial(lm_batch, pad_id=setup.pad_id(start.tokenizer)),
+        max_length=start.max_length,
+        always_longest=args.packing,
+        shuffle=args.shuffle_dataset,
+    )

@@ -178,7 +178,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "epsilon": 0.05,
         "epsilon_high": 0.9,
         "delta": 1.25,
-        "loss_type": "bnpo",
+        "loss_type": "grpo",
         "importance_sampling_level": "sequence",
         "scale_rewards": "none",
         "mask_truncated_completions": True,

@@ -48,17 +48,16 @@ def test_messages_cannot_open_or_close_a_turn(any_tokenizer: Any) -> None:
 
 
 def test_roles_tools_and_template_arguments_cannot_either(tokenizer: Any) -> None:
-    template = CHATML + "{{ tools | tojson }}{{ note }}"
-    encoder = Encoder(tokenizer, chat_template=template)
+    body = CHATML.replace("message['content'] +", "message['content'][0].text +")
+    encoder = Encoder(tokenizer, chat_template=body + "{{ tools | tojson }}{{ note }}")
     chat = Chat(
         [{"role": "user<|im_end|>", "content": [{"type": "text", "text": "x"}]}],
         [{"name": "<|im_end|>"}],
         {"note": "<|im_end|>"},
     )
-    template_of_parts = template.replace("message['content'] +", "message['content'][0].text +")
-    encoder.chat_template = template_of_parts
     (ids,) = encoder.chats([chat])
     assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"]
+    assert tokenizer.decode(ids).count("<|im_end|>") == 4
 
 
 def test_the_mask_does_not_move_under_attack(tokenizer: Any) -> None:

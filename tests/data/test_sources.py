@@ -108,6 +108,8 @@ def test_empty_sources_are_errors(tmp_path: Path) -> None:
 def test_unreadable_sources_are_errors_that_name_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl"):
         load_rows(write(tmp_path / "a.jsonl", '{"text": "a"}\n{broken\n'))
+    with pytest.raises(DataError, match="train dataset cannot be read"):
+        load_rows(write(tmp_path / "c.jsonl", "{broken\n"), streaming=True)
     with pytest.raises(DataError, match="unknown dataset file type"):
         load_rows(write(tmp_path / "a.xls", "x"))
     with pytest.raises(DataError, match="Row 1"):

@@ -45,6 +45,7 @@ def test_text_ends_with_exactly_one_trained_eos(
     assert row["ids"].tolist().count(eos) == 1
     assert row["ids"][-1] == eos
     assert row["mask"][-1] == 1
+    assert tokenizer.decode(row["ids"]).endswith("The sky<|im_end|>")
 
 
 def test_bos_appears_once_in_text_and_as_the_template_says_in_chats(bos_tokenizer: Any) -> None:
@@ -111,6 +112,20 @@ def test_rows_whose_prompt_fills_max_length_are_dropped_and_counted(
     assert "1 of 2 rows dropped" in caplog.text
 
 
+def test_a_row_whose_only_target_is_its_first_token_is_dropped(tokenizer: Any) -> None:
+    rows = [{"input_ids": [5, 6], "labels": [5, -100]}, {"input_ids": [5, 6], "labels": [-100, 6]}]
+    assert len(sft_rows(rows, tokenizer, max_length=None)) == 1
+
+
+def test_a_pair_needs_room_for_at_least_one_answer_token(tokenizer: Any) -> None:
+    rows = [{"prompt": "The sky is", "chosen": " blue", "rejected": " green"}]
+    n = len(tokenizer("The sky is")["input_ids"])
+    (row,) = preference_rows(rows, tokenizer, max_length=n + 1)
+    assert len(row["chosen"]) == len(row["rejected"]) == n + 1
+    with pytest.raises(EmptyDatasetError, match="prompt alone"):
+        preference_rows(rows, tokenizer, max_length=n)
+
+
 def test_a_dataset_that_is_all_dropped_is_an_error_with_the_reason(tokenizer: Any) -> None:
     rows = [{"prompt": "The sky is " * 20, "completion": "blue"}]
     with pytest.raises(EmptyDatasetError, match="nothing to train on within max_length"):
@@ -150,6 +165,14 @@ def test_reward_pairs_are_dropped_never_cut(tokenizer: Any) -> None:
     ]
     (row,) = reward_rows(rows, tokenizer, max_length=8)
     assert tokenizer.decode(row["chosen"]) == "a<|im_end|>"
+
+
+def test_a_pair_of_exactly_max_length_is_kept(tokenizer: Any) -> None:
+    rows = [{"chosen": "The sky is", "rejected": "The sky"}]
+    n = len(tokenizer("The sky is")["input_ids"]) + 1  # and EOS
+    assert len(reward_rows(rows, tokenizer, max_length=n)) == 1
+    with pytest.raises(EmptyDatasetError, match="longer than max_length"):
+        reward_rows(rows, tokenizer, max_length=n - 1)
 
 
 def test_reward_text_of_a_tokenizer_without_eos_is_left_alone(fresh_tokenizer: Any) -> None:
@@ -325,8 +348,7 @@ def test_streams_give_the_same_rows_as_maps_again_and_again(tokenizer: Any) -> N
         assert len(got) == len(rows)
 
 
-def test_the_fingerprint_tells_datasets_apart(tokenizer: Any) -> None:
-    one = [{"text": "The sky"}, {"text": "is"}]
-    prints = {sft_rows(rows, tokenizer, max_length=None).fingerprint()
-              for rows in (one, one[::-1], [{"text": "The sky is"}], one[:1])}  # fmt: skip
-    assert len(prints) == 4
+def test_the_fingerprint_tells_datasets_apart() -> None:
+    datasets_ = ([[1, 2], [3]], [[3], [1, 2]], [[1], [2, 3]], [[1, 2, 3]], [[1, 2]])
+    made = [Rows([{"ids": np.array(ids)} for ids in rows]).fingerprint() for rows in datasets_]
+    assert len(set(made)) == len(made)

@@ -46,6 +46,7 @@ SPLIT_TALKS = [{"prompt": ask("What?"), "completion": answer("the sky")}]
 PAIRS = [
     {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
     {"prompt": "the wom", "chosen": "an", "rejected": "en went to the market and the sea"},
+    {"prompt": "the wom", "chosen": " is", "rejected": "an went"},  # only one side merges
 ]
 PAIR_TALKS = [{"prompt": ask("What?"), "chosen": answer("blue"), "rejected": answer("the\n grass")}]
 IMPLICIT_TALKS = [

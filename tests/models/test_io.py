@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jrlhf.errors import (
@@ -81,32 +82,36 @@ def test_params_can_be_loaded_as_bfloat16(hf_directory):
     np.testing.assert_array_equal(params["norm"]["scale"], expected)
 
 
-def cut_everything(mesh):
+def cut_everything(mesh, *, from_the_end=False):
     """Shardings that cut every axis which divides, each leaf along as many mesh axes as fit."""
 
     def sharding(leaf):
-        names, axes = list(mesh.axis_names), []
-        for size in leaf.shape:
-            fits = next((name for name in names if size % mesh.shape[name] == 0), None)
-            axes.append(fits)
+        names = list(mesh.axis_names)
+        axes: list[str | None] = [None] * leaf.ndim
+        order = range(leaf.ndim)
+        for axis in reversed(order) if from_the_end else order:
+            fits = [name for name in names if leaf.shape[axis] % mesh.shape[name] == 0]
             if fits:
-                names.remove(fits)
+                axes[axis] = fits[0]
+                names.remove(fits[0])
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return lambda net, abstract: jax.tree.map(sharding, abstract)
 
 
+# (3, 2) cuts the stack of three layers and, from the end, inside heads of six: there one device's
+# part is no rectangle of the file.
+@pytest.mark.parametrize("from_the_end", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4), (8, 1), (3, 2)])
-def test_loading_onto_many_devices_gives_the_same_params(hf_directory, shape):
+def test_loading_onto_many_devices_gives_the_same_params(hf_directory, shape, from_the_end):
     count = shape[0] * shape[1]
     if len(jax.devices()) < count:
         pytest.skip(f"needs {count} devices")
-    # (3, 2): three cuts the stack of layers, and heads of 6 inside a head's dimension.
     origin, _ = hf_directory(attention_bias=True, choices={"value_head": True})
     mesh = jax.make_mesh(
         shape, ("x", "y"), devices=jax.devices()[:count], axis_types=(AxisType.Auto,) * 2
     )
-    place = cut_everything(mesh)
+    place = cut_everything(mesh, from_the_end=from_the_end)
     net, params, _ = load_pretrained(origin, value_head=True, shardings=place)
     _, whole, _ = load_pretrained(origin, value_head=True)
     asked = leaves(place(net, net.abstract()))
@@ -351,6 +356,31 @@ def test_the_config_keeps_what_the_spec_does_not_decide(hf_directory, tmp_path):
     generation = json.loads((tmp_path / "s" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [2, 3], "top_p": 0.9}
     assert load_pretrained(tmp_path / "s")[0] == net
+
+
+@pytest.mark.parametrize(
+    ("choices", "labels"),
+    [
+        ({"head": "classifier"}, ["no", "yes"]),
+        ({"head": "classifier", "num_labels": 1}, ["LABEL_0"]),
+        ({"head": "causal"}, None),
+    ],
+)
+def test_labels_keep_their_names_while_they_fit(hf_directory, tmp_path, choices, labels):
+    names = {"0": "no", "1": "yes"}
+    origin, _ = hf_directory(id2label=names, label2id={"no": 0, "yes": 1})
+    net, params, source = load_pretrained(origin, **choices)
+    save_pretrained(tmp_path / "s", net, params, source=source)
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert (list(config["id2label"].values()) if "id2label" in config else None) == labels
+    assert (list(config["label2id"]) if "label2id" in config else None) == labels
+
+
+def test_files_say_the_layout_that_transformers_4_asks_for(hf_directory, tmp_path):
+    net, params, source = load_pretrained(hf_directory()[0])
+    save_pretrained(tmp_path / "s", net, params, source=source)
+    with safe_open(tmp_path / "s" / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,11 @@ def make_evaluation(
     start = rng.uniform(0.2, 0.6, size=count)
     moved = start + lift + rng.normal(0, 0.05, size=count)
     first = [f"one{i} two{i} three{i}" for i in range(count)]
-    second = [f"four{i} five{i} six{i}" if words == "varied" else "so so so" for i in range(count)]
+    # Words repeat, pairs less so: distinct-1, distinct-2 and both policies' values all differ.
+    second = [
+        f"four{i % 9} five{i} four{i % 7}" if words == "varied" else "so so so"
+        for i in range(count)
+    ]
     scores = dict(zip(first + second, [*start, *moved], strict=True)) if words == "varied" else {}
 
     def score(texts: list[str]) -> np.ndarray:
@@ -33,10 +37,10 @@ def make_evaluation(
     return report.assemble(
         title="A test of the report",
         prompts=[f"prompt {i}|" for i in range(count)],
-        before=report.Arm("sft", first, [3] * count, rewards, [0.0] * count, [30.0] * 8),
-        after=report.Arm("ppo", second, [4] * count, rewards + 1, [2.5] * count, [31.0] * 8),
+        before=report.Arm("sft", first, [3] * count, rewards, [0.0] * count, [30.0, 5.0] * 4),
+        after=report.Arm("ppo", second, [4] * count, rewards + 1, [2.5] * count, [31.0, 6.0] * 4),
         judges=[report.Judge("naive_bayes", "a judge of the test", score)] if judges else [],
-        text_tokens=[10] * 8,
+        text_tokens=[10, 2] * 4,
         settings={"seed": 3},
     )
 

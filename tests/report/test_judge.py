@@ -80,6 +80,18 @@ def test_calibration_stays_finite_on_separable_rows() -> None:
     assert abs(offset) < 1e-6
 
 
+def test_rows_kept_aside_are_cut_to_the_length_that_is_judged() -> None:
+    texts, labels = reviews(400)
+    padded = [
+        f"{text} {GOOD[0] if label else BAD[0]}" for text, label in zip(texts, labels, strict=True)
+    ]
+    # The last word gives the label away: only an uncut calibration can use it.
+    whole = judge.NaiveBayes.fit(padded, labels)
+    cut = judge.NaiveBayes.fit(padded, labels, calibrate_words=4)
+    assert whole.accuracy > cut.accuracy + 0.1
+    assert cut.weights == whole.weights
+
+
 def test_repeating_a_good_word_gains_nothing() -> None:
     model = judge.NaiveBayes.fit(*reviews(400))
     once, many = model.score(["great great", "great great great great great"])

@@ -42,9 +42,9 @@ def test_rows_are_means_over_the_prompts(evaluation: Evaluation) -> None:
 
 def test_perplexity_weighs_every_token_alike(evaluation: Evaluation) -> None:
     row = rows(evaluation)["perplexity"]
-    assert row.before == pytest.approx(math.exp(30.0 / 10))
-    assert row.after == pytest.approx(math.exp(31.0 / 10))
-    assert row.p == 2 / 2**8  # eight equal differences: all + or all -
+    assert row.before == pytest.approx(math.exp((30.0 + 5.0) / (10 + 2)))
+    assert row.after == pytest.approx(math.exp((31.0 + 6.0) / (10 + 2)))
+    assert row.p == 2 / 2**8  # eight differences of one sign: all + or all -
 
 
 def test_distinct_is_counted_on_the_completions_alone(evaluation: Evaluation) -> None:

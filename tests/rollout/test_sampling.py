@@ -12,9 +12,10 @@ from jrlhf.errors import ConfigError
 from jrlhf.rollout import score
 from jrlhf.rollout.engine import row_keys
 from jrlhf.rollout.sampling import Sampled, SamplingParams, sample
-from tests.rollout.conftest import PAD, VOCAB, Model, padded
+from tests.rollout.conftest import PAD, VOCAB, Model, model, padded
 
 P, N = 12, 8
+ENDS = tuple(range(3, 9))
 outputs = jax.jit(score.outputs, static_argnums=0, static_argnames="temperature")
 forward = jax.jit(lambda net, params, ids: net.hidden(params, ids) @ net.head(params),
                   static_argnums=0)  # fmt: skip
@@ -50,8 +51,7 @@ def joined(prompts: list[list[int]], out: Sampled) -> dict[str, np.ndarray]:
 def test_the_scorer_gives_the_samplers_log_probs(
     policy: Model, prompts: list[list[int]], temperature: float
 ) -> None:
-    ends = tuple(range(3, 9))
-    sampling = SamplingParams(max_new_tokens=N, temperature=temperature, eos_token_ids=ends)
+    sampling = SamplingParams(max_new_tokens=N, temperature=temperature, eos_token_ids=ENDS)
     out = run(policy, prompts, sampling)
     found = outputs(policy.net, policy.params, joined(prompts, out), temperature=temperature)
     assert out.logps.dtype == np.float32
@@ -59,8 +59,8 @@ def test_the_scorer_gives_the_samplers_log_probs(
     assert len(set(out.lengths.tolist())) > 1
     # Lengths count the EOS, nothing before it is one, and only pad and zeros follow.
     for ids, logps, length, done in zip(out.ids, out.logps, out.lengths, out.done, strict=True):
-        assert done == (ids[length - 1] in ends)
-        assert not set(ids[: length - 1]) & set(ends)
+        assert done == (ids[length - 1] in ENDS)
+        assert not set(ids[: length - 1]) & set(ENDS)
         assert (ids[length:] == PAD).all()
         assert not logps[length:].any()
 
@@ -68,42 +68,43 @@ def test_the_scorer_gives_the_samplers_log_probs(
 def test_greedy_is_the_argmax_of_a_full_forward_per_token(
     policy: Model, prompts: list[list[int]]
 ) -> None:
-    penalised = SamplingParams(
-        max_new_tokens=N, do_sample=False, repetition_penalty=1.7, min_new_tokens=3,
-        eos_token_ids=(0, *range(3, 30)),
-    )  # fmt: skip
-    for sampling in (SamplingParams(max_new_tokens=N, do_sample=False), penalised):
-        out = run(policy, prompts, sampling)
-        rows = [list(p) for p in prompts]
-        for t in range(N):
-            logits = np.asarray(
-                forward(policy.net, policy.params, padded(rows, P + N)["ids"]), np.float64
-            )
-            for i, row in enumerate(rows):
-                if t >= out.lengths[i]:
-                    continue
-                last = logits[i, len(row) - 1]
-                seen = np.unique(row)
-                penalty = sampling.repetition_penalty
-                last[seen] = np.where(last[seen] < 0, last[seen] * penalty, last[seen] / penalty)
-                if t < sampling.min_new_tokens:
-                    last[list(sampling.eos_token_ids)] = -np.inf
-                assert out.ids[i, t] == last.argmax(), (i, t)
-                row.append(int(out.ids[i, t]))
-        if sampling is penalised:
-            assert out.lengths.min() > 3
-            assert out.done.any()
+    """Also with the penalty for tokens of prompt and completion, and EOS held back at first."""
+    ends = (0, *range(3, 30))
+    sampling = SamplingParams(
+        max_new_tokens=N,
+        do_sample=False,
+        repetition_penalty=1.7,
+        min_new_tokens=3,
+        eos_token_ids=ends,
+    )
+    out = run(policy, prompts, sampling)
+    rows = [list(p) for p in prompts]
+    for t in range(N):
+        ids = padded(rows, P + N)["ids"]
+        logits = np.asarray(forward(policy.net, policy.params, ids), np.float64)
+        for i, row in enumerate(rows):
+            if t >= out.lengths[i]:
+                continue
+            last = logits[i, len(row) - 1]
+            seen = np.unique(row)
+            last[seen] = np.where(last[seen] < 0, last[seen] * 1.7, last[seen] / 1.7)
+            if t < 3:
+                last[list(ends)] = -np.inf
+            assert out.ids[i, t] == last.argmax(), (i, t)
+            row.append(int(out.ids[i, t]))
+    assert out.lengths.min() > 3
+    assert out.done.any()
 
 
 def test_the_loop_ends_when_every_row_has(policy: Model, prompts: list[list[int]]) -> None:
-    ends = tuple(range(3, 9))
-    sampling = SamplingParams(max_new_tokens=N, temperature=0.5, eos_token_ids=ends)
-    rows = [prompts[1], []]  # a filler row neither samples nor keeps the loop running
+    sampling = SamplingParams(max_new_tokens=N, temperature=0.5, eos_token_ids=ENDS)
+    # Filler rows neither sample nor keep the loop running.
+    rows = [prompts[1], *([[]] * 5)]
     for step in range(20):
         out = run(policy, rows, sampling, step=step)
         assert out.steps == out.lengths[0]
-        assert out.lengths[1] == 0
-        assert not out.done[1]
+        assert not out.lengths[1:].any()
+        assert not out.done[1:].any()
         if out.done[0] and out.lengths[0] < N:
             break
     else:
@@ -114,7 +115,7 @@ def test_the_loop_ends_when_every_row_has(policy: Model, prompts: list[list[int]
 def test_a_row_samples_by_its_own_key_and_prompt_alone(
     policy: Model, prompts: list[list[int]]
 ) -> None:
-    sampling = SamplingParams(max_new_tokens=N)
+    sampling = SamplingParams(max_new_tokens=N, eos_token_ids=ENDS)
     ids = np.asarray([3, 1, 4, 15, 9, 2])
     base = run(policy, prompts, sampling, ids=ids)
     order = np.asarray([4, 0, 5, 3, 1, 2])
@@ -143,9 +144,10 @@ def kept(p: np.ndarray, sampling: SamplingParams) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "filters", [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.15}], ids=lambda f: str(list(f))
+    "filters", [{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.15}], ids=["all", "k", "p", "min_p"]
 )
-def test_samples_follow_the_distribution(policy: Model, filters: dict) -> None:
+def test_samples_follow_the_distribution(filters: dict) -> None:
+    policy = model(num_hidden_layers=1)
     sampling = SamplingParams(max_new_tokens=1, temperature=1.5, **filters)
     rows = 4096
     out = run(policy, [[5, 9, 11]] * rows, sampling, width=3)
@@ -155,6 +157,7 @@ def test_samples_follow_the_distribution(policy: Model, filters: dict) -> None:
     # The log-probs are those of the whole distribution, whatever the filters leave of it.
     np.testing.assert_allclose(out.logps[:, 0], np.log(p)[out.ids[:, 0]], atol=1e-5)
     keep = kept(p, sampling)
+    assert keep.all() == (not filters)
     counts = np.bincount(out.ids[:, 0], minlength=VOCAB)
     assert not counts[~keep].any()
     wanted = rows * p[keep] / p[keep].sum()
@@ -167,7 +170,7 @@ def test_samples_follow_the_distribution(policy: Model, filters: dict) -> None:
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom)  # mean + 4 standard deviations
 
 
-@pytest.mark.parametrize("name,value", [
+@pytest.mark.parametrize(("name", "value"), [
     ("max_new_tokens", 0), ("temperature", 0.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1),
     ("min_p", -0.1), ("repetition_penalty", 0.0), ("min_new_tokens", -1),
 ])  # fmt: skip

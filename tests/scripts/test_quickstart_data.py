@@ -65,10 +65,12 @@ def test_duplicates_and_stubs_are_left_out() -> None:
 
 def test_held_out_prompts_are_no_training_prompts() -> None:
     same = "one two three four five six seven eight"
-    rows = [Review(f"{same} {row.text}", row.label) for row in reviews(20)]
-    files = data.split([*reviews(200), *rows], seed=1, sizes=SMALL)
+    rows = [Review(f"{same} {row.text}", row.label) for row in reviews(140)]
+    files = data.split([*reviews(140), *rows], seed=1, sizes=SMALL)
+    assert any(row["text"].startswith(same) for row in files["sft"])  # the trap is set
     held = [row["prompt"] for row in files["heldout_prompts"]]
     assert len(set(held)) == len(held)
+    assert same in held
     assert not set(held) & {row["prompt"] for row in files["prompts"]}
 
 

@@ -1,7 +1,8 @@
-"""A tiny model, its loss and a source of batches; also a program that trains it and can be killed."""
+"""A tiny model, its loss and a source of batches; also a program that trains and can be killed."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jrlhf.config import TrainingConfig
 from jrlhf.models.axes import constrain
+from jrlhf.sharding.distributed import initialize
 from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import axes_shardings, put_batch
 from jrlhf.train.loop import Loop
@@ -82,6 +85,14 @@ def batch(step=0, rows=16, seed=0):
     }
 
 
+def recorder():
+    """An optimizer that moves nothing and keeps the gradient as its state."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, gradient), gradient),
+    )
+
+
 class Buffered:
     """Draws a buffer of three batches at a time, like a policy that collects rollouts."""
 
@@ -99,7 +110,9 @@ class Buffered:
         out = {k: v[step - self.start] for k, v in self.buffer.items()}
         if step in self.spoil:
             out = {**out, "y": out["y"] * np.float32(self.spoil[step])}
-        return put_batch(self.mesh, out)
+        share = self.rows // jax.process_count()
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        return put_batch(self.mesh, {k: v[mine] for k, v in out.items()})
 
     def metrics(self):
         return {"position": float(self.seen[-1])}
@@ -111,9 +124,11 @@ class Buffered:
         self.start, self.buffer = saved["start"], saved["buffer"]
 
 
-def setup(config, *, mesh="data=1", steps=6, devices=None, source=None, **loop):
-    """Everything that a trainer makes: mesh, state, step and loop."""
-    mesh = make_mesh(mesh, devices=devices or (jax.devices()[:1] if mesh == "data=1" else None))
+@functools.cache
+def machine(optim, rate, decay, accumulate, limit, mesh, steps):
+    """What is compiled, once for all tests that want the same."""
+    config = TrainingConfig(optim=optim, learning_rate=rate, weight_decay=decay)
+    mesh = make_mesh(mesh, devices=jax.devices()[:1] if mesh == "data=1" else None)
     first = params()
     tx, schedule = make_optimizer(config, steps, axes=AXES)
     placed = axes_shardings(AXES, first, mesh)
@@ -122,20 +137,34 @@ def setup(config, *, mesh="data=1", steps=6, devices=None, source=None, **loop):
     step = make_step(
         loss,
         tx,
-        accumulate=config.gradient_accumulation_steps,
-        max_grad_norm=config.max_grad_norm,
+        accumulate=accumulate,
+        max_grad_norm=limit,
         mesh=mesh,
         shardings=shardings,
         schedule=schedule,
     )
+    return mesh, tx, state, step
+
+
+def setup(config, *, mesh="data=1", steps=6, source=None, **loop):
+    """Everything that a trainer makes: mesh, state, step and loop."""
+    mesh, tx, state, step = machine(
+        config.optim,
+        config.learning_rate,
+        config.weight_decay,
+        config.gradient_accumulation_steps,
+        config.max_grad_norm,
+        mesh,
+        steps,
+    )
     source = source(mesh) if source else Buffered(mesh)
     run = Loop(args=config, step=step, source=source, total_steps=steps, **loop)
-    return SimpleNamespace(
-        mesh=mesh, tx=tx, state=state, step=step, loop=run, source=source, shardings=shardings
-    )
+    state = jax.tree.map(jnp.copy, state)
+    return SimpleNamespace(mesh=mesh, tx=tx, state=state, step=step, loop=run, source=source)
 
 
 if __name__ == "__main__":
+    initialize()
     config = TrainingConfig(
         output_dir=sys.argv[1],
         logging_steps=1,
@@ -143,6 +172,8 @@ if __name__ == "__main__":
         resume_from_checkpoint=True if "resume" in sys.argv else None,
     )
     total = int(sys.argv[2])
-    toy = setup(config, steps=total, source=lambda mesh: Buffered(mesh, delay=0.02))
+    toy = setup(
+        config, mesh=sys.argv[3], steps=total, source=lambda mesh: Buffered(mesh, delay=0.02)
+    )
     _, output = toy.loop.run(toy.state, {})
-    print("finished", output.global_step)
+    sys.stdout.write(f"finished {output.global_step}\n")

@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class SafetensorsCheckpoint:
     """A directory with config.json and one or several safetensors files."""
 
-    kind = "hf"
+    kind: str = "hf"
 
     def __init__(self, path: Path) -> None:
         """Opens every shard and reads its header.
@@ -76,9 +76,11 @@ class SafetensorsCheckpoint:
             read_json(generation) if generation.is_file() else None
         )
         self._slices: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files():
             self._open(file)
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(part.get_shape()) for name, part in self._slices.items()
+        }
 
     def _files(self) -> list[Path]:
         """The shards; as in transformers, a single file wins over an index."""
@@ -104,9 +106,7 @@ class SafetensorsCheckpoint:
         with _named(file):
             handle = safe_open(file, framework="np")
             for name in handle.keys():  # noqa: SIM118  (not iterable itself)
-                part = handle.get_slice(name)
-                self._slices[name] = part
-                self.shapes[name] = tuple(part.get_shape())
+                self._slices[name] = handle.get_slice(name)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         part = self._slices[name]

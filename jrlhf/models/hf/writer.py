@@ -92,9 +92,9 @@ def write_weights(
             name, value = next(values)
             assert name == expected, (name, expected)
             held[name] = np.ascontiguousarray(value)
-        # "format": "pt" is what transformers insists on; it names a layout, not a dependency.
-        save = functools.partial(save_file, held, metadata={"format": "pt"})
-        _replace(directory / file, lambda partial, save=save: save(filename=partial))
+        # transformers 4 refuses a file without it; it names a layout, not a dependency.
+        write = functools.partial(save_file, held, metadata={"format": "pt"})
+        _replace(directory / file, write)
     kept = set(plan)
     if len(plan) > 1:
         kept.add(INDEX)

@@ -1,0 +1,99 @@
+"""`jrlhf generate`: completions of prompts, printed or as JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jrlhf.commands.arguments import parse
+from jrlhf.config import config
+from jrlhf.errors import ConfigError
+
+
+@config
+class GenerateConfig:
+    """What to continue, and how.
+
+    Attributes:
+        model_name_or_path: the model.
+        prompt: one prompt.
+        dataset_name: rows with a column prompt (text or messages), instead of `prompt`.
+        chat: treat `prompt` as a user's turn and apply the chat template.
+        output: JSONL of prompt and completion; None: print.
+        max_new_tokens: longest completion.
+        do_sample: False takes the most probable tokens.
+        temperature: of sampling.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        repetition_penalty: 1 is off.
+        stop_strings: a completion ends after any of these.
+        rows: rows per call of the sampler.
+        seed: of the samples.
+        mesh: device mesh, as everywhere.
+        dtype: compute type.
+    """
+
+    model_name_or_path: str
+    prompt: str | None = None
+    dataset_name: str | None = None
+    chat: bool = False
+    output: str | None = None
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop_strings: list[str] | None = None
+    rows: int = 32
+    seed: int = 0
+    mesh: dict[str, int] | str | None = None
+    dtype: str = "float32"
+
+    ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+
+
+def main(argv: list[str]) -> int:
+    (cfg,) = parse(argv, GenerateConfig, verb="generate")
+    if (cfg.prompt is None) == (cfg.dataset_name is None):
+        raise ConfigError("jrlhf generate needs one of --prompt and --dataset_name.")
+    from jrlhf.auto import AutoModelForCausalLM
+    from jrlhf.data.sources import load_rows
+    from jrlhf.data.tokenize import prompt_rows
+    from jrlhf.rollout.engine import Engine
+    from jrlhf.rollout.sampling import SamplingParams
+    from jrlhf.sharding.mesh import make_mesh
+    from jrlhf.trainers import online, setup
+
+    turn = [{"role": "user", "content": cfg.prompt}] if cfg.chat else cfg.prompt
+    rows = load_rows([{"prompt": turn}] if cfg.dataset_name is None else cfg.dataset_name)
+    model = AutoModelForCausalLM.from_pretrained(
+        cfg.model_name_or_path, mesh=make_mesh(cfg.mesh), dtype=cfg.dtype
+    )
+    tokenizer = model.tokenizer
+    room = model.net.spec.max_position_embeddings - cfg.max_new_tokens
+    prompts = prompt_rows(rows, tokenizer, max_prompt_length=room)
+    sampling = SamplingParams(
+        max_new_tokens=cfg.max_new_tokens, do_sample=cfg.do_sample, temperature=cfg.temperature,
+        top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
+        eos_token_ids=tuple(online.eos_ids(model, tokenizer)), pad_token_id=setup.pad_id(tokenizer),
+    )  # fmt: skip
+    engine = Engine(
+        model.net, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, len(prompts)),
+        stop_strings=cfg.stop_strings or (),
+    )  # fmt: skip
+    done = engine.generate(
+        model.params, [row["ids"].tolist() for row in prompts], seed=cfg.seed, role="generate"
+    )
+    pairs = [
+        {"prompt": row["prompt"], "completion": c.text}
+        for row, c in zip(prompts, done, strict=True)
+    ]
+    if cfg.output is None:
+        for pair in pairs:
+            print(pair["completion"])
+        return 0
+    lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    Path(cfg.output).write_text(lines, encoding="utf-8")
+    print(f"Wrote {len(pairs)} completions to {cfg.output}.")
+    return 0

@@ -1,0 +1,87 @@
+"""`jrlhf label`: pairs of completions, ordered by a reward model; training data for `jrlhf dpo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jrlhf.commands.arguments import parse
+from jrlhf.config import config
+
+
+@config
+class LabelConfig:
+    """What to sample and who judges.
+
+    Attributes:
+        model_name_or_path: the policy that writes.
+        reward_model_path: the reward model that orders.
+        dataset_name: rows with a column prompt.
+        output: JSONL of prompt, chosen, rejected and their margin.
+        max_prompts: use so many prompts; None: all.
+        num_generations: completions per prompt; the best and the worst make the pair.
+        max_new_tokens: longest completion.
+        temperature: of sampling.
+        rows: rows per call of the sampler and the reward model.
+        seed: of the samples.
+        mesh: device mesh, as everywhere.
+        bf16: compute in bfloat16.
+    """
+
+    model_name_or_path: str
+    reward_model_path: str
+    dataset_name: str
+    output: str = "pairs.jsonl"
+    max_prompts: int | None = None
+    num_generations: int = 2
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    rows: int = 32
+    seed: int = 0
+    mesh: dict[str, int] | str | None = None
+    bf16: bool = False
+
+
+def main(argv: list[str]) -> int:
+    (cfg,) = parse(argv, LabelConfig, verb="label")
+    from jrlhf.auto import AutoModelForCausalLM
+    from jrlhf.data.encode import Encoder
+    from jrlhf.data.sources import load_rows
+    from jrlhf.sharding.mesh import make_mesh
+    from jrlhf.trainers import online
+
+    prompts = [row["prompt"] for row in load_rows(cfg.dataset_name)][: cfg.max_prompts]
+    dtype = "bfloat16" if cfg.bf16 else "float32"
+    mesh = make_mesh(cfg.mesh)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model_name_or_path, mesh=mesh, dtype=dtype)
+    tokenizer = model.tokenizer
+    engine = online.make_engine(
+        model, tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+        eos_token_ids=online.eos_ids(model, tokenizer), rows=cfg.rows,
+    )  # fmt: skip
+    judge = online.reward_model(
+        cfg.reward_model_path, tokenizer, mesh=mesh, rows=cfg.rows, dtype=dtype
+    )
+    group = cfg.num_generations
+    ids = [row.tolist() for row in Encoder(tokenizer).texts(prompts) for _ in range(group)]
+
+    def show(done: int, total: int) -> None:
+        print(f"  sampled {done} of {total}", flush=True)
+
+    done = engine.generate(model.params, ids, seed=cfg.seed, role="label", progress=show)
+    scores = judge.score_ids([[*p, *c.ids] for p, c in zip(ids, done, strict=True)])
+    target = Path(cfg.output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with target.open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(prompts):
+            mine = range(i * group, (i + 1) * group)
+            best, worst = max(mine, key=lambda j: scores[j]), min(mine, key=lambda j: scores[j])
+            if scores[best] == scores[worst]:
+                continue
+            row = {"prompt": prompt, "chosen": done[best].text, "rejected": done[worst].text,
+                   "margin": float(scores[best] - scores[worst])}  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            written += 1
+    print(f"Wrote {written} pairs to {target}.")
+    return 0

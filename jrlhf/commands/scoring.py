@@ -1,0 +1,82 @@
+"""What is measured of a model, for the verbs that compare models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def sequence_logps(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    batch: int = 32,
+) -> np.ndarray:
+    """Sum of the log-probs of each row's tokens from `starts[i]` on, in nats.
+
+    Args:
+        model: a model of `AutoModelForCausalLM`.
+        rows: token ids.
+        starts: first token that counts, at least 1.
+        temperature: divides the logits.
+        batch: rows per forward pass, rounded up to what the mesh divides.
+    """
+    from jrlhf.models.build import partition
+    from jrlhf.rollout.collect import score
+    from jrlhf.rollout.devices import put, round_up, row_shards, to_host
+    from jrlhf.rollout.engine import bucket, pad_rows
+    from jrlhf.rollout.score import Actor
+
+    width = bucket(max(len(row) for row in rows))
+    count = round_up(batch, row_shards(model.mesh))
+    trainable, frozen = partition(model.params, model.net)
+    actor = Actor(model.net, temperature)
+    sums = []
+    for first in range(0, len(rows), count):
+        chunk = rows[first : first + count]
+        ids, lengths = pad_rows(chunk, count=count, length=width)
+        placed = put(model.mesh, {"ids": ids, "lengths": lengths})
+        logps = to_host(score(actor, trainable, frozen, placed, mesh=model.mesh).logps)
+        for row, start in zip(logps, starts[first : first + count], strict=False):
+            sums.append(float(row[start:].sum()))
+    return np.asarray(sums)
+
+
+def policy_arm(
+    name: str,
+    model: Any,
+    reference: Any,
+    cfg: Any,
+    prompts: list[list[int]],
+    texts: list[list[int]],
+    scorer: Any,
+) -> Any:
+    """Everything about one policy; the seed and the role fix its samples."""
+    from jrlhf import report
+    from jrlhf.trainers import online
+
+    engine = online.make_engine(
+        model, model.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+        eos_token_ids=online.eos_ids(model, model.tokenizer), rows=cfg.rows,
+    )  # fmt: skip
+    done = engine.generate(model.params, prompts, seed=cfg.seed, role="evaluate")
+    rows = [[*p, *c.ids] for p, c in zip(prompts, done, strict=True)]
+    starts = [len(p) for p in prompts]
+
+    def logps(of: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], t: float) -> Any:
+        return sequence_logps(of, rows, starts, temperature=t, batch=cfg.rows)
+
+    own = logps(model, rows, starts, cfg.temperature)
+    base = own if model is reference else logps(reference, rows, starts, cfg.temperature)
+    return report.Arm(
+        name=name,
+        completions=[c.text for c in done],
+        tokens=[len(c.ids) for c in done],
+        rewards=scorer.score_ids(rows).tolist(),
+        kl=(own - base).tolist(),
+        losses=(-logps(model, texts, [1] * len(texts), 1.0)).tolist() if texts else (),
+    )
