@@ -187,11 +187,11 @@ def config(cls: type[T]) -> type[T]:
 
 
 def aliases(cls: type) -> dict[str, str]:
-    """All old names of a config class, its own before its parents'."""
+    """All other names of a config class's fields: ALIASES are old, SYNONYMS are short."""
     table: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         table.update(base.__dict__.get("ALIASES", {}))
-    return table
+    return table | getattr(cls, "SYNONYMS", {})
 
 
 def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,9 +209,9 @@ def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         target = name
         if name in old and name not in known:
             target = old[name]
-            warnings.warn(
-                f"{cls.__name__}: {name} is now {target}.", DeprecationWarning, stacklevel=3
-            )
+            if name not in getattr(cls, "SYNONYMS", {}):
+                text = f"{cls.__name__}: {name} is now {target}."
+                warnings.warn(text, DeprecationWarning, stacklevel=3)
         elif name not in known:
             if name in refused and value in (None, False):
                 continue  # asks for nothing

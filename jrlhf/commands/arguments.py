@@ -38,14 +38,14 @@ class ScriptArguments:
     dataset_streaming: bool = False
     eval_dataset_name: str | None = None
 
-    ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "torch_dtype": "dtype"}
+    SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name", "torch_dtype": "dtype"}
 
 
 def parse(argv: list[str], *classes: type, verb: str) -> list[Any]:
     """Builds each config class from the command line and its `--config` file.
 
     Raises:
-        ConfigError: an unknown or repeated flag, a value of the wrong type, a flag without its value.
+        ConfigError: an unknown or repeated flag, a wrong type, a missing value.
         SystemExit: after printing the help that `--help` asks for.
     """
     if "-h" in argv or "--help" in argv:

@@ -50,7 +50,7 @@ class GenerateConfig:
     mesh: dict[str, int] | str | None = None
     dtype: str = "float32"
 
-    ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+    SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ class GRPOArguments:
     reward_model_name_or_path: str | None = None
     ref_model_name_or_path: str | None = None
 
-    ALIASES = {"reward_model_path": "reward_model_name_or_path"}
+    SYNONYMS = {"reward_model_path": "reward_model_name_or_path"}
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ Every parameter may carry leading axes (`lead`): a stack of layers is one layer 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -95,16 +96,27 @@ dot.defvjp(_dot_forward, _dot_backward)
 
 
 def weight_gradient(x: Array, g: Array, rows: int) -> Array:
-    """Contracts the first `rows` axes of both: [inputs..., outputs...] in float32."""
+    """Contracts the first `rows` axes of both: [inputs..., outputs...] in float32.
+
+    One operand has to be transposed in memory; the narrower one is put on that side.
+    """
+    inputs, outputs = x.shape[rows:], g.shape[rows:]
+    if math.prod(inputs) > math.prod(outputs):
+        turned = _contract_rows(g, x, rows)
+        axes = tuple(range(turned.ndim))
+        return turned.transpose(*axes[len(outputs) :], *axes[: len(outputs)])
+    return _contract_rows(x, g, rows)
+
+
+def _contract_rows(x: Array, g: Array, rows: int) -> Array:
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         # XLA's CPU backend has no bfloat16 dot with a transposed left operand and falls back to
         # float32, at half the speed. A plain transpose is folded into the dot; the halves put
         # together again are not, so this one is really made.
-        x = x.reshape(-1, *x.shape[rows:])
+        x, g = x.reshape(-1, *x.shape[rows:]), g.reshape(-1, *g.shape[rows:])
         turned = jnp.moveaxis(x, 0, -1)
         half = turned.shape[0] // 2
         turned = jnp.concatenate((turned[:half], turned[half:]), axis=0)
-        g = g.reshape(-1, *g.shape[rows:])
         return _dot_general(turned, g, (turned.ndim - 1,), (0,))
     return _dot_general(x, g, tuple(range(rows)), tuple(range(rows)))
 

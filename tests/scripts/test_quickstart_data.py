@@ -17,9 +17,14 @@ SMALL = Sizes(sft=20, pairs=10, prompts=20, heldout_prompts=8, heldout_reviews=6
 
 
 def reviews(count: int = 140, *, seed: int = 0) -> list[Review]:
+    """Reviews of eight sentences; the first word of each is its own."""
     rng = random.Random(seed)
+
+    def sentence(first: str) -> str:
+        return " ".join([first, *(rng.choice("abcdefghij") for _ in range(7))]) + "."
+
     return [
-        Review(" ".join([f"r{i}", *(rng.choice("abcdefghij") for _ in range(60))]), i % 2)
+        Review(" ".join([sentence(f"r{i}"), *(sentence("so") for _ in range(7))]), i % 2)
         for i in range(count)
     ]
 
@@ -58,13 +63,31 @@ def test_the_split_depends_on_the_reviews_and_the_seed_alone() -> None:
 def test_duplicates_and_stubs_are_left_out() -> None:
     rows = reviews()
     doubled = [*rows, *(Review(f"  {row.text.upper()} <br />", row.label) for row in rows)]
-    stubs = [Review("too short", i % 2) for i in range(50)]
-    negative, positive = data.pools([*doubled, *stubs], seed=0)
+    stubs = [Review("too short.", i % 2) for i in range(50)]
+    endless = [Review("no end " * 60, i % 2) for i in range(50)]
+    negative, positive = data.pools([*doubled, *stubs, *endless], seed=0)
     assert len(negative) + len(positive) == len(rows)
 
 
+@pytest.mark.parametrize(
+    ("text", "opening"),
+    [
+        ("a " * 13 + "b. " + "c " * 20 + "d! " + "e " * 30 + "f.",
+         "a " * 13 + "b. " + "c " * 20 + "d!"),  # 14 + 21 words; 31 more are too many
+        ("a " * 9 + 'b." ' + "c " * 9 + "d?) " + "e " * 40, "a " * 9 + 'b." ' + "c " * 9 + "d?)"),
+        ("a " * 13 + "b", "a " * 13 + "b"),  # the end of the text ends a sentence
+        ("a " * 12 + "b. " + "c " * 40, None),  # 13 words are too few
+        ("a " * 40, None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_an_opening_is_whole_sentences_within_its_limits(text: str, opening: str | None) -> None:
+    assert (data.MIN_WORDS, data.MAX_WORDS) == (14, 36)
+    assert data.opening(text.strip()) == opening
+
+
 def test_held_out_prompts_are_no_training_prompts() -> None:
-    same = "one two three four five six seven eight"
+    same = "one two three four five six seven eight nine ten."
     rows = [Review(f"{same} {row.text}", row.label) for row in reviews(140)]
     files = data.split([*reviews(140), *rows], seed=1, sizes=SMALL)
     assert any(row["text"].startswith(same) for row in files["sft"])  # the trap is set
@@ -74,13 +97,16 @@ def test_held_out_prompts_are_no_training_prompts() -> None:
     assert not set(held) & {row["prompt"] for row in files["prompts"]}
 
 
-def test_texts_are_cleaned_and_cut() -> None:
-    files = data.split(
-        [Review(f"{r.text}<br /><br />the  end", r.label) for r in reviews()], seed=0, sizes=SMALL
-    )
+def test_training_texts_are_openings_and_the_judge_reads_on() -> None:
+    rows = [Review(f"{r.text}<br /><br />the  end", r.label) for r in reviews()]
+    files = data.split(rows, seed=0, sizes=SMALL)
     assert all(len(row["prompt"].split()) == data.PROMPT_WORDS for row in files["prompts"])
-    assert all(len(row["chosen"].split()) <= data.PAIR_WORDS for row in files["pairs"])
-    assert all(row["text"].endswith(" the end") for row in files["sft"])
+    texts = [row["text"] for row in files["sft"]]
+    texts += [row[side] for row in files["pairs"] for side in ("chosen", "rejected")]
+    for text in texts:
+        assert data.MIN_WORDS <= len(text.split()) <= data.MAX_WORDS
+        assert text.endswith(".")
+    assert all(row["text"].endswith(". the end") for row in files["judge"])
 
 
 def test_too_few_reviews_are_an_error() -> None:
@@ -100,7 +126,7 @@ def test_csv_and_parquet_give_the_same_reviews(tmp_path: Path) -> None:
         writer.writerows([row.text, row.label, "imdb"] for row in rows)
         writer.writerow(["a rotten tomato", 0, "rt"])
     assert list(data.read_reviews(path)) == rows
-    table = pyarrow.Table.from_pylist([row._asdict() for row in rows])
+    table = pyarrow.Table.from_pylist([{"text": row.text, "label": row.label} for row in rows])
     parquet.write_table(table, tmp_path / "reviews.parquet")
     assert list(data.read_reviews(tmp_path / "reviews.parquet")) == rows
     counts = data.write(

@@ -107,9 +107,9 @@ def test_ppo_of_every_age(glassllm: str, hh: Rows) -> None:
     model = AutoModelForCausalLM.from_pretrained(glassllm)
     reward_model = AutoModelForSequenceClassification.from_pretrained(glassllm, num_labels=1)
     dataset = [{k: v[:60] for k, v in row.items()} for row in hh]
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="log_with is now report_to"):
         config = PPOConfig(learning_rate=1.41e-5, log_with="tensorboard", batch_size=16)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="dataset is now train_dataset"):
         trainer = PPOTrainer(
             model=model,
             tokenizer=model.tokenizer,
@@ -128,9 +128,15 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(glassllm: str, prompts: Ro
 
     words = [w for row in prompts for w in row["prompt"].split()]
     tokenizer = word_tokenizer(sorted(set(words)))
-    config = {"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16,
-              "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "max_position_embeddings": 256}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+    }
     reward = AutoModelForSequenceClassification.from_config(
         config, num_labels=1, tokenizer=tokenizer
     )
@@ -143,7 +149,7 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(glassllm: str, prompts: Ro
             num_ppo_epochs=1,
             output_dir="ppo",
             logging_steps=1,
-        ),  # fmt: skip
+        ),
         train_dataset=prompts,
         reward_model=reward,
     )
@@ -162,7 +168,7 @@ def test_first_ratio_is_exactly_one(glassllm: str, prompts: Rows) -> None:
             learning_rate=1e-3,
             output_dir="ppo",
             logging_steps=1,
-        ),  # fmt: skip
+        ),
         train_dataset=prompts,
         reward_model=lambda completions, **_: [float(len(c)) for c in completions],
     )

@@ -43,96 +43,127 @@ def length(completions: list[str], **_: Any) -> list[float]:
 def grpo(model: str, **changes: Any) -> GRPOTrainer:
     fields = {"output_dir": "grpo", "num_generations": 4, "max_completion_length": 8}
     return GRPOTrainer(
-        model=model, reward_funcs=length, args=GRPOConfig(**(fields | changes)),
+        model=model,
+        reward_funcs=length,
+        args=GRPOConfig(**(fields | changes)),
         train_dataset=PROMPTS,
-    )  # fmt: skip
+    )
 
 
 CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
     "missing file": (
-        MissingFileError, "nowhere.jsonl",
+        MissingFileError,
+        "nowhere.jsonl",
         lambda m: SFTTrainer(model=m, train_dataset="nowhere.jsonl"),
     ),
     "missing column": (
-        MissingColumnError, "text",
+        MissingColumnError,
+        "text",
         lambda m: SFTTrainer(model=m, train_dataset=[{"txt": "a"}]),
     ),
     "missing pair column": (
-        MissingColumnError, "rejected",
+        MissingColumnError,
+        "rejected",
         lambda m: RewardTrainer(model=m, train_dataset=[{"chosen": "a", "reject": "b"}]),
     ),
     "empty dataset": (
-        EmptyDatasetError, "no rows", lambda m: SFTTrainer(model=m, train_dataset=[])
+        EmptyDatasetError,
+        "no rows",
+        lambda m: SFTTrainer(model=m, train_dataset=[]),
     ),
     "misspelt field": (
-        ConfigError, 'Did you mean "learning_rate"', lambda m: SFTConfig(lerning_rate=1.0)
+        ConfigError,
+        'Did you mean "learning_rate"',
+        lambda m: SFTConfig(lerning_rate=1.0),
     ),
     "misspelt argument": (
-        ConfigError, 'Did you mean "train_dataset"',
+        ConfigError,
+        'Did you mean "train_dataset"',
         lambda m: SFTTrainer(model=m, train_datset=ROWS),
     ),
     "mesh that does not fit": (
-        MeshError, "fsdp=4",
+        MeshError,
+        "fsdp=4",
         lambda m: SFTTrainer(model=m, train_dataset=ROWS, args=SFTConfig(mesh="fsdp=3")),
     ),
     "batch that does not divide": (
-        MeshError, "does not divide",
+        MeshError,
+        "does not divide",
         lambda m: PPOTrainer(
-            model=m, reward_model=length, train_dataset=PROMPTS,
+            model=m,
+            reward_model=length,
+            train_dataset=PROMPTS,
             args=PPOConfig(batch_size=12, response_length=4),
         ),
     ),
     "group that does not divide": (
-        ConfigError, "num_generations",
+        ConfigError,
+        "num_generations",
         lambda m: grpo(m, num_generations=3, per_device_train_batch_size=1),
     ),
     "prompt longer than the context": (
-        PromptTooLongError, "tokens",
+        PromptTooLongError,
+        "tokens",
         lambda m: PPOTrainer(
-            model=m, reward_model=length, train_dataset=[{"prompt": "Alice was " * 200}],
+            model=m,
+            reward_model=length,
+            train_dataset=[{"prompt": "Alice was " * 200}],
             args=PPOConfig(batch_size=8),
         ),
     ),
-    "server mode": (
-        UnsupportedFieldError, "colocate", lambda m: GRPOConfig(vllm_mode="server")
-    ),
+    "server mode": (UnsupportedFieldError, "colocate", lambda m: GRPOConfig(vllm_mode="server")),
     "pushing": (UnsupportedFieldError, "push_to_hub", lambda m: SFTConfig(push_to_hub=True)),
     "a field of PyTorch": (UnsupportedFieldError, "mesh", lambda m: SFTConfig(deepspeed="z3.json")),
     "an adapter": (
-        ConfigError, "num_layers_unfrozen",
+        ConfigError,
+        "num_layers_unfrozen",
         lambda m: SFTTrainer(model=m, train_dataset=ROWS, peft_config={"r": 8}),
     ),
     "no model": (ConfigError, "a model", lambda m: SFTTrainer(train_dataset=ROWS)),
     "a config of another trainer": (
-        ConfigError, "DPOConfig", lambda m: DPOTrainer(model=m, args=SFTConfig())
+        ConfigError,
+        "DPOConfig",
+        lambda m: DPOTrainer(model=m, args=SFTConfig()),
     ),
     "wrong head": (
-        ModelError, "SequenceClassification",
+        ModelError,
+        "SequenceClassification",
         lambda m: RewardTrainer(
             model=AutoModelForCausalLM.from_pretrained(m),
             train_dataset=[{"chosen": "a", "rejected": "b"}] * 64,
         ),
     ),
-    "no reward": (RewardError, "No reward", lambda m: GRPOTrainer(
-        model=m, reward_funcs=[], train_dataset=PROMPTS,
-        args=GRPOConfig(num_generations=8, max_completion_length=4),
-    )),
+    "no reward": (
+        RewardError,
+        "No reward",
+        lambda m: GRPOTrainer(
+            model=m,
+            reward_funcs=[],
+            train_dataset=PROMPTS,
+            args=GRPOConfig(num_generations=8, max_completion_length=4),
+        ),
+    ),
     "an unknown model": (
-        MissingFileError, "no-such", lambda m: SFTTrainer(model="./no-such", train_dataset=ROWS)
+        MissingFileError,
+        "no-such",
+        lambda m: SFTTrainer(model="./no-such", train_dataset=ROWS),
     ),
     "an optimizer that is not there": (
-        ConfigError, "adamw",
+        ConfigError,
+        "adamw",
         lambda m: SFTTrainer(model=m, train_dataset=ROWS * 8, args=SFTConfig(optim="adamww")),
     ),
     "the other's ref model": (
-        ModelError, "DPOTrainer",
+        ModelError,
+        "DPOTrainer",
         lambda m: DPOTrainer(
-            model=m, ref_model=object(),
+            model=m,
+            ref_model=object(),
             train_dataset=[{"prompt": "a", "chosen": "b", "rejected": "c"}] * 64,
             args=DPOConfig(),
         ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,9 +178,7 @@ def test_a_reward_function_of_the_wrong_length_is_named(glassllm: str) -> None:
     trainer = GRPOTrainer(
         model=glassllm,
         reward_funcs=lambda completions, **_: [1.0],
-        args=GRPOConfig(
-            output_dir="grpo", num_generations=8, max_completion_length=4, max_steps=1
-        ),  # fmt: skip
+        args=GRPOConfig(output_dir="grpo", num_generations=8, max_completion_length=4, max_steps=1),
         train_dataset=PROMPTS,
     )
     with pytest.raises(RewardError, match="returned 1 rewards"):

@@ -31,8 +31,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 def sft(model: Any, texts: Rows, **changes: Any) -> SFTTrainer:
-    fields = {"output_dir": "sft", "per_device_train_batch_size": 1, "learning_rate": 1e-3,
-              "max_steps": 4, "logging_steps": 1, "save_strategy": "no"}  # fmt: skip
+    fields = {
+        "output_dir": "sft",
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
     return SFTTrainer(model=model, args=SFTConfig(**(fields | changes)), train_dataset=texts)
 
 
@@ -53,8 +59,9 @@ def test_training_learns_and_the_saved_model_is_the_trained_one(glassllm: str, t
 def test_a_resumed_sft_run_is_bitwise_the_same(glassllm: str, texts: Rows) -> None:
     whole = sft(glassllm, texts, output_dir="whole")
     whole.train()
-    sft(glassllm, texts, output_dir="cut", save_strategy="steps", save_steps=2,
-        callbacks=None).train()  # fmt: skip
+    sft(
+        glassllm, texts, output_dir="cut", save_strategy="steps", save_steps=2, callbacks=None
+    ).train()
     newest = sorted(Path("cut").glob("checkpoint-*"))[0]
     assert newest.name == "checkpoint-2"
     resumed = sft(glassllm, texts, output_dir="cut")
@@ -68,9 +75,17 @@ def test_ppo_resumed_in_the_middle_of_a_rollout_is_bitwise_the_same(
     glassllm: str, prompts: Rows
 ) -> None:
     def trainer(**changes: Any) -> PPOTrainer:
-        fields = {"output_dir": "ppo", "batch_size": 16, "response_length": 8, "max_steps": 4,
-                  "num_ppo_epochs": 3, "learning_rate": 1e-3, "logging_steps": 1,
-                  "save_strategy": "no", "adap_kl_ctrl": True}  # fmt: skip
+        fields = {
+            "output_dir": "ppo",
+            "batch_size": 16,
+            "response_length": 8,
+            "max_steps": 4,
+            "num_ppo_epochs": 3,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "adap_kl_ctrl": True,
+        }
         return PPOTrainer(
             model=glassllm,
             args=PPOConfig(**(fields | changes)),
@@ -98,7 +113,7 @@ def test_the_reference_of_dpo_stays_what_it_was(glassllm: str, hh: Rows) -> None
             learning_rate=1e-3,
             logging_steps=1,
             save_strategy="no",
-        ),  # fmt: skip
+        ),
         train_dataset=hh,
     )
     trainer.train()
@@ -122,8 +137,15 @@ def test_frozen_layers_do_not_move(glassllm: str, texts: Rows) -> None:
 
 def test_accumulation_and_mesh_give_the_same_update(glassllm: str, texts: Rows) -> None:
     def update(**changes: Any) -> list[np.ndarray]:
-        trainer = sft(glassllm, texts, max_steps=1, optim="sgd", learning_rate=0.1,
-                      max_grad_norm=0.0, **changes)  # fmt: skip
+        trainer = sft(
+            glassllm,
+            texts,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **changes,
+        )
         start = leaves(trainer.model)
         trainer.train()
         return [a - b for a, b in zip(leaves(trainer.model), start, strict=True)]

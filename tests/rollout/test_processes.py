@@ -1,0 +1,97 @@
+"""Two processes with two devices each collect what one process with four devices does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+    import hashlib, typing
+    from jrlhf.sharding.distributed import initialize
+    initialize()
+    import jax, numpy as np
+    from jrlhf.algos import PPO
+    from jrlhf.rollout.collect import Plan, Rollouts
+    from jrlhf.rollout.devices import to_host
+    from jrlhf.rollout.engine import Engine
+    from jrlhf.rollout.rewards import RewardSuite
+    from jrlhf.rollout.sampling import SamplingParams
+    from jrlhf.rollout.score import Actor
+    from jrlhf.sharding.mesh import make_mesh
+    from jrlhf.sharding.place import params_shardings
+    from tests.rollout.conftest import model
+
+    net, params = model(value_head=True, num_hidden_layers=1)
+    mesh = make_mesh("data=2,fsdp=2")
+    shardings = params_shardings(net, params, mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i, x=np.asarray(x): x[i]),
+        params, shardings,
+    )
+    draw = np.random.default_rng(0)
+    rows = [{"ids": draw.integers(3, 61, n).tolist(), "prompt": "p", "columns": {}}
+            for n in (3, 1, 5, 4, 8, 2, 2, 6)]
+    sampling = SamplingParams(max_new_tokens=6, eos_token_ids=(3, 4, 5, 6))
+    source = Rollouts(
+        Actor(net), PPO(), Engine(net, None, sampling, mesh=mesh),
+        RewardSuite(lambda completion_ids: [float(len(c)) for c in completion_ids]),
+        lambda rollout: rows, Plan(rows=8, batch_rows=4, micro_rows=4, prompt_length=8, seed=1),
+        frozen={}, reference=params, mesh=mesh,
+    )
+    class State(typing.NamedTuple):
+        params: typing.Any
+    for step in range(2):
+        batch = source.batch(step, State(params))
+        assert batch["ids"].shape == (4, 14)
+        own = 4 // jax.process_count()
+        assert to_host(batch["ids"]).shape == (own, 14)
+    for name in sorted(source._buffer):
+        print(name, hashlib.sha256(source._buffer[name].tobytes()).hexdigest())
+    print("total", float(jax.jit(lambda b: b["advantages"].sum())(batch)))
+"""
+
+
+def run(count: int, index: int, port: int) -> subprocess.Popen[str]:
+    joined = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+    root = str(Path(__file__).parents[2])
+    environment = {k: v for k, v in os.environ.items() if k not in joined} | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        env=environment | (joined if count > 1 else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_collect_what_one_does() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [run(2, 0, port), run(2, 1, port), run(1, 0, port)]
+    outputs = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=500)
+            assert process.returncode == 0, err[-3000:]
+            outputs.append(out)
+    finally:
+        for process in started:
+            process.kill()
+    assert outputs[0].count("\n") > 10
+    assert outputs[0] == outputs[1] == outputs[2]
