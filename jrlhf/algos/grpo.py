@@ -141,10 +141,13 @@ class GRPO:
         if self.scale_rewards == "batch":
             spread = jnp.broadcast_to(batch_std(rewards), spread.shape)
         flat = (spread <= 1e-8).astype(jnp.float32)
+        # Rows of groups in which anything was scored.
+        judged = jnp.max(scored.reshape(-1, self.num_generations), axis=1, keepdims=True)
+        judged = jnp.broadcast_to(judged, (judged.shape[0], self.num_generations)).reshape(-1)
         return {
             "reward": masked_mean_total(rewards, scored),
             "reward_std": Mean(std, one),
-            "frac_reward_zero_std": masked_mean_total(flat, jnp.ones_like(flat)),
+            "frac_reward_zero_std": masked_mean_total(flat, judged),
         }
 
     def _mask(self, batch: Batch) -> Array:

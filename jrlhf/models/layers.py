@@ -101,15 +101,20 @@ def weight_gradient(x: Array, g: Array, rows: int) -> Array:
     One operand has to be transposed in memory; the narrower one is put on that side.
     """
     inputs, outputs = x.shape[rows:], g.shape[rows:]
-    if math.prod(inputs) > math.prod(outputs):
+    # Not in bfloat16 on CPUs: XLA folds the final transpose into a dot that it cannot run.
+    if math.prod(inputs) > math.prod(outputs) and not _bfloat16_on_cpu(x):
         turned = _contract_rows(g, x, rows)
         axes = tuple(range(turned.ndim))
         return turned.transpose(*axes[len(outputs) :], *axes[: len(outputs)])
     return _contract_rows(x, g, rows)
 
 
+def _bfloat16_on_cpu(x: Array) -> bool:
+    return x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+
+
 def _contract_rows(x: Array, g: Array, rows: int) -> Array:
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if _bfloat16_on_cpu(x):
         # XLA's CPU backend has no bfloat16 dot with a transposed left operand and falls back to
         # float32, at half the speed. A plain transpose is folded into the dot; the halves put
         # together again are not, so this one is really made.

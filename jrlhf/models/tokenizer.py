@@ -68,7 +68,7 @@ def _from_directory(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # The base class reads tokenizer.json as it stands. The classes that AutoTokenizer picks by name
-    # rebuild parts of it, and may ask the hub.
+    # rebuild parts of it: its GPT2Tokenizer drops SmolLM2's splitting of digits.
     fast = (path / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if fast else AutoTokenizer
     try:

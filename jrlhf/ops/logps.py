@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-# Of the float32 logits of one chunk. Smaller: the head's weights are read, and its gradient
-# accumulated, more often. Larger: the passes over the logits leave the cache.
-CHUNK_BYTES = 64 * 2**20
+# Of the float32 logits of one chunk: on a CPU in all, so that passes over them stay near the cache;
+# elsewhere on each device. With smaller chunks the head is read, and its gradient accumulated and
+# summed over devices, more often.
+CHUNK_BYTES = {"cpu": 64 * 2**20}
+CHUNK_BYTES_PER_DEVICE = 512 * 2**20
 
 # Stands for a logit that cannot be: its probability is exactly 0, and 0 · finite is not NaN.
 NEVER = -1e30
@@ -76,7 +78,7 @@ def token_logps(
         targets: token ids, in [0, vocab).
         temperature: divides the logits.
         softcap: c in c·tanh(logits / c), or None.
-        chunk: rows whose logits exist at a time; None chooses by `CHUNK_BYTES`.
+        chunk: rows whose logits exist at a time, over all devices; None chooses by `CHUNK_BYTES`.
         entropy: False saves a pass over the logits, and the entropy comes back as zeros.
         vocab: columns of the head from here on are padding.
 
@@ -90,7 +92,7 @@ def token_logps(
         softcap=None if softcap is None else float(softcap),
         vocab=vocab,
         entropy=entropy,
-        chunks=_count_chunks(tokens, chunk or max(1, CHUNK_BYTES // (4 * head.shape[1]))),
+        chunks=_count_chunks(tokens, chunk or _default_chunk(head.shape[1])),
     )
     return _token_logps(scored, hidden.astype(head.dtype), head, targets)
 
@@ -108,6 +110,11 @@ class _Scored(NamedTuple):
         return head_logits(
             hidden, head, temperature=self.temperature, softcap=self.softcap, vocab=self.vocab
         )
+
+
+def _default_chunk(vocab: int) -> int:
+    budget = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_PER_DEVICE * jax.device_count())
+    return max(1, budget // (4 * vocab))
 
 
 def _count_chunks(tokens: int, chunk: int) -> int:

@@ -138,11 +138,13 @@ _temperature, _top_k, _top_p, _min_p = temperature, top_k, top_p, min_p
 
 
 def draw(keys: Key[Array, " b"], logits: Float[Array, "b v"]) -> Int[Array, " b"]:
-    """Draws one token per row from softmax(logits), with one uniform number per row.
+    """Draws one token per row from softmax(logits).
 
-    Inverts the cumulative distribution in two levels: blocks first, then within the block. A key
-    belongs to its row, so a row draws the same token in any batch and on any number of devices.
-    (Gumbel noise for the whole vocabulary would cost sixteen times as much on a CPU.)
+    Inverts the cumulative distribution in two levels, each with a uniform number of its own: a
+    block of the vocabulary, then a token within it (so that improbable tokens are told apart, which
+    the 24 bits of one number could not). A key belongs to its row, so a row draws the same token in
+    any batch and on any number of devices. (Gumbel noise for the whole vocabulary would cost
+    sixteen times as much on a CPU.)
 
     Args:
         keys: one typed PRNG key per row.
@@ -151,31 +153,26 @@ def draw(keys: Key[Array, " b"], logits: Float[Array, "b v"]) -> Int[Array, " b"
     Returns:
         Token ids, int32.
     """
-    u = jax.vmap(jax.random.uniform)(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
     weights = jnp.pad(weights, [(0, 0), (0, -logits.shape[1] % BLOCK)])
     blocks = weights.reshape(weights.shape[0], -1, BLOCK)
-    masses = jnp.sum(blocks, axis=2)
-    ends = jnp.cumsum(masses, axis=1)
-    goal = (u * ends[:, -1])[:, None]
-    block = _first(ends > goal, masses > 0)
-    start = jnp.take_along_axis(ends - masses, block, axis=1)
+    block = _invert(jnp.sum(blocks, axis=2), u[:, :1])
     inside = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
-    place = _first(start + jnp.cumsum(inside, axis=1) > goal, inside > 0)
-    return (block * BLOCK + place)[:, 0]
+    return (block * BLOCK + _invert(inside, u[:, 1:]))[:, 0]
 
 
-def _first(passed: Bool[Array, "b m"], possible: Bool[Array, "b m"]) -> Int[Array, "b 1"]:
-    """Index of the first possible one that passed; of the last possible one if rounding hid it.
-
-    Sums of floats in different orders need not grow with every term, so "first past the goal" alone
-    could name a token of probability 0.
-    """
-    index = jnp.arange(passed.shape[1])[None, :]
-    beyond = passed.shape[1]
-    first = jnp.min(jnp.where(passed & possible, index, beyond), axis=1, keepdims=True)
-    last = jnp.max(jnp.where(possible, index, 0), axis=1, keepdims=True)
-    return jnp.where(first == beyond, last, first).astype(jnp.int32)
+def _invert(weights: Float[Array, "b m"], u: Float[Array, "b 1"]) -> Int[Array, "b 1"]:
+    """The index at which the running sum of weights passes u times their total."""
+    sums = jnp.cumsum(weights, axis=1)
+    # Partial sums are rounded in different orders and need not grow with every term: the first past
+    # the goal could else have weight 0, or not exist.
+    passed = (sums > u * sums[:, -1:]) & (weights > 0)
+    index = jnp.arange(weights.shape[1], dtype=jnp.int32)[None, :]
+    beyond = weights.shape[1]
+    first = jnp.min(jnp.where(passed, index, beyond), axis=1, keepdims=True)
+    last = jnp.max(jnp.where(weights > 0, index, 0), axis=1, keepdims=True)
+    return jnp.where(first == beyond, last, first)
 
 
 def greedy(logits: Float[Array, "b v"]) -> Int[Array, " b"]:

@@ -13,6 +13,7 @@ from jrlhf.report.judge import words
 from jrlhf.report.schema import Evaluation
 
 SIGNIFICANT = 0.01  # the judge's rise must be this far beyond chance
+_NBSP = "\N{NO-BREAK SPACE}"  # a wrapped line keeps "p < 0.0001" together
 DIVERSE = 0.8  # distinct-2 must keep this share of its value before
 
 
@@ -142,16 +143,29 @@ def _verdict(judged: Row | None, variety: Row, prompts: int) -> str:
     kept = f"distinct-2 is {share(variety)} of before"
     if judged is None:
         return f"No independent judge was asked; {kept}."
-    p = format_p(judged.p)
-    moved = "rose" if judged.change > 0 else "fell"
-    if judged.change == 0:
-        moved = "stayed"
+    p = format_p(judged.p).replace(" ", _NBSP)
+    one, two = fixed(judged.before, 2), fixed(judged.after, 2)
+    moved = f"{'rose' if judged.change > 0 else 'fell'} from {one} to {two}"
+    if one == two:
+        moved = f"stayed at {one}"
     significant = judged.p is not None and judged.p < SIGNIFICANT
     certainty = "" if significant else ", which chance alone could do"
     return (
-        f"The independent judge's mean {moved} from {judged.before:.2f} to {judged.after:.2f} on "
-        f"{prompts} held-out prompts (paired sign-flip test, p {p}){certainty}; {kept}."
+        f"The independent judge's mean {moved} on {prompts} held-out prompts "
+        f"(paired sign-flip test, p{_NBSP}{p}){certainty}; {kept}."
     )
+
+
+def fixed(value: float, digits: int) -> str:
+    """So many decimals, and never a minus before zeros."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def signed(value: float, digits: int) -> str:
+    """As `fixed`, with a plus before everything that is not negative."""
+    text = fixed(value, digits)
+    return text if text.startswith("-") else f"+{text}"
 
 
 def share(row: Row) -> str:

@@ -6,7 +6,7 @@ import re
 import textwrap
 
 from jrlhf.report.schema import Evaluation
-from jrlhf.report.summary import Row, Summary, format_p, share
+from jrlhf.report.summary import Row, Summary, fixed, format_p, share, signed
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -44,14 +44,12 @@ def table(evaluation: Evaluation, summary: Summary, *, width: int = 100) -> str:
 def cells(row: Row) -> tuple[str, str, str, str, str]:
     """Before, after, change, interval and p of a row, as text."""
     digits = row.digits
-    change = f"{row.change:+.{digits}f}"
-    if row.key == "distinct_2":
-        change = share(row)
+    change = share(row) if row.key == "distinct_2" else signed(row.change, digits)
     interval = "–"
     if row.low is not None and row.high is not None:
-        interval = f"{row.low:+.{digits}f} … {row.high:+.{digits}f}"
+        interval = f"{signed(row.low, digits)} … {signed(row.high, digits)}"
     p = format_p(row.p).removeprefix("= ")
-    return f"{row.before:.{digits}f}", f"{row.after:.{digits}f}", change, interval, p
+    return fixed(row.before, digits), fixed(row.after, digits), change, interval, p
 
 
 def _line(texts: tuple[str, ...], widths: list[int]) -> str:

@@ -96,7 +96,7 @@ class RewardSuite:
             raise RewardError(
                 f"reward_weights has {len(weights)} entries for {len(self.functions)} functions."
             )
-        self.weights = np.asarray(weights or [1.0] * len(self.functions), np.float64)
+        self.weights = np.ones(len(self.functions)) if weights is None else np.asarray(weights)
         self.names: list[str] = []
         for function in self.functions:
             name, copy = function_name(function), 2

@@ -133,7 +133,7 @@ def reward_suite(
     """
     several = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     given = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
-    given += [None] * (len(several) - len(given))
+    given = [*given, *[None] * len(several)][: len(several)]
     functions: list[Any] = []
     for reward, own in zip(several, given, strict=True):
         if isinstance(reward, (str, Path, Model)):

@@ -130,7 +130,7 @@ def test_masked_tokens_get_no_gradient_and_all_others_a_finite_one(case, evaluat
     extreme = {k: v * 20 for k, v in out.items()}  # log-probs down to about -100
     batch = {**batch, "old_logps": extreme["logps"]} if "old_logps" in batch else batch
     _, gradient = evaluate(case.algorithm, extreme, batch)
-    for name, found in gradient.items():
+    for found in gradient.values():
         assert np.isfinite(found).all()
         if found.shape == batch["mask"].shape:
             np.testing.assert_array_equal(found[batch["mask"] == 0], 0.0)
@@ -154,7 +154,7 @@ def test_a_missing_output_is_an_error_that_names_it(case):
 
 # For every field, a value other than its default (or the variant's) that must change something.
 OTHER_VALUES: dict[str, dict[str, Any]] = {
-    "sft": {"loss_type": "unknown"},
+    "sft": {},  # its one field has one value, and refuses any other
     "reward": {"center_rewards_coefficient": 0.3},
     "dpo": {"beta": 0.7, "loss_type": "robust", "label_smoothing": 0.3},
     "ppo": {
@@ -195,10 +195,11 @@ NEEDS = {
     ("grpo", "use_bias_correction_kl"): {"beta": 0.5},
 }
 FIELDS = [(name, f.name) for name, cls in ALGORITHMS.items() for f in dataclasses.fields(cls)]
+ONE_VALUE = {("sft", "loss_type")}
 
 
-@pytest.mark.parametrize(("name", "field"), FIELDS)
-def test_every_field_acts_or_is_refused(name, field, examples, evaluate):
+@pytest.mark.parametrize(("name", "field"), [f for f in FIELDS if f not in ONE_VALUE])
+def test_every_field_acts(name, field, examples, evaluate):
     fixed = {"num_generations": 4, "delta": 3.0} if name == "grpo" else {}
     before = {**fixed, **NEEDS.get((name, field), {})}
     if (name, field) == ("dpo", "loss_type"):
@@ -217,12 +218,7 @@ def test_every_field_acts_or_is_refused(name, field, examples, evaluate):
             coefficient = float(algorithm.next_kl_coef(0.1, 2.0, episodes=100.0))
         return float(loss.objective.total), float(loss.objective.weight), coefficient
 
-    try:
-        changed = numbers(after)
-    except ConfigError as error:
-        assert field in str(error)
-        return
-    assert not np.allclose(changed, numbers(before), rtol=1e-4)
+    assert not np.allclose(numbers(after), numbers(before), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -264,14 +260,17 @@ def test_a_bad_value_is_an_error_that_names_field_and_rule(name, settings, hint)
     assert next(iter(settings)) in str(error.value)
 
 
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "grpo"])
 def test_fields_have_trls_names_and_defaults(name):
     import trl
 
-    config = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig", "grpo": "GRPOConfig"}
+    config = {
+        "sft": "SFTConfig",
+        "reward": "RewardConfig",
+        "dpo": "DPOConfig",
+        "grpo": "GRPOConfig",
+    }
     theirs = {f.name: f for f in dataclasses.fields(getattr(trl, config[name]))}
     for field in dataclasses.fields(ALGORITHMS[name]):
         assert field.name in theirs

@@ -52,7 +52,9 @@ def test_a_policy_equal_to_its_reference_has_loss_log_two_and_rewards_zero(examp
 
 def test_swapping_the_sides_flips_every_reward(examples, evaluate, rng):
     out, batch = examples["dpo"](rng)
-    swapped = [{k: v[:, ::-1] if v.ndim > 1 else v for k, v in part.items()} for part in (out, batch)]
+    swapped = [
+        {k: v[:, ::-1] if v.ndim > 1 else v for k, v in part.items()} for part in (out, batch)
+    ]
     a, b = (evaluate(DPO(), *arrays)[0].metrics for arrays in ((out, batch), swapped))
     np.testing.assert_allclose(a["rewards/chosen"], b["rewards/rejected"], rtol=1e-6)
     np.testing.assert_allclose(

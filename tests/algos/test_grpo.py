@@ -202,11 +202,15 @@ def test_clip_metrics_are_shares_of_tokens_or_of_rows(evaluate):
 
 
 def test_rollout_metrics_are_those_of_the_rewards(rng):
-    rewards = jnp.array([1.0, 2.0, 4.0, np.nan, 3.0, 3.0, 3.0, 3.0])
+    rewards = jnp.array([1.0, 2.0, 4.0, np.nan, 3.0, 3.0, 3.0, 3.0, *[np.nan] * 4])
     found = GRPO(**SMALL).rollout_metrics({"rewards": rewards})
     found = {name: float(metric.value()) for name, metric in found.items()}
     known = np.array([1.0, 2, 4, 3, 3, 3, 3])
-    expected = {"reward": known.mean(), "reward_std": known.std(ddof=1), "frac_reward_zero_std": 0.5}
+    expected = {
+        "reward": known.mean(),
+        "reward_std": known.std(ddof=1),
+        "frac_reward_zero_std": 0.5,
+    }
     assert found == pytest.approx(expected, rel=1e-5)
 
 

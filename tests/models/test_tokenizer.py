@@ -181,14 +181,17 @@ def test_a_saved_tokenizer_is_the_same_for_us_and_for_transformers(tmp_path):
         assert again.model_max_length == 96
 
 
-def test_tokenizer_json_counts_whatever_class_the_config_names(tmp_path):
+# SmolLM2's own files say GPT2Tokenizer, and that class of transformers 5 forgets to split digits.
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizer"])
+def test_tokenizer_json_counts_whatever_class_the_config_names(tmp_path, name):
     tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf"))
     save_tokenizer(tmp_path, tokenizer=tokenizer, source=None)
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
+    path.write_text(json.dumps(config | {"tokenizer_class": name}))
     again = load_tokenizer(tmp_path)
-    assert encode_text(again, TEXTS[1]) == encode_text(tokenizer, TEXTS[1])
+    for text in TEXTS:
+        assert encode_text(again, text) == encode_text(tokenizer, text)
 
 
 def test_files_of_the_origin_are_copied_as_they_are(tmp_path):

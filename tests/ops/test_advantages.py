@@ -12,7 +12,9 @@ def gae_oracle(rewards, values, gamma, lam):
     n = len(rewards)
     values = np.append(values, 0.0)
     delta = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
-    return np.array([sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)])
+    return np.array(
+        [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+    )
 
 
 def rows(rng, b=4, n=6):

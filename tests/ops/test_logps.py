@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jrlhf.ops import logps as module
 from jrlhf.ops.logps import head_logits, token_logps
 
 T, D, V = 13, 5, 23
@@ -45,8 +48,10 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("chunk", [1, 4, None])
+CHUNKED = [*((setting, 4) for setting in SETTINGS), ({}, None)]
+
+
+@pytest.mark.parametrize(("setting", "chunk"), [*CHUNKED, ({}, 1)])
 def test_numbers_are_the_definition_for_any_chunk(rng, setting, chunk):
     inputs = arrays(rng, vocab=setting.get("vocab"))
     found = jax.jit(functools.partial(token_logps, chunk=chunk, **setting))(*inputs)
@@ -67,8 +72,7 @@ def central_differences(f, x, step=1e-6):
     return gradient
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("chunk", [4, None])
+@pytest.mark.parametrize(("setting", "chunk"), CHUNKED)
 def test_gradients_are_the_derivatives_of_the_definition(rng, setting, chunk):
     hidden, head, targets = arrays(rng, vocab=setting.get("vocab"))
     a, c = rng.normal(size=(2, T))
@@ -160,9 +164,7 @@ def test_bfloat16_weights_give_float32_results_close_to_exact(rng):
     for a, b in zip(found, oracle(hidden, head, targets)):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    gradients = jax.jit(
-        jax.grad(lambda h, w: token_logps(h, w, targets, chunk=4)[0].sum(), (0, 1))
-    )
+    gradients = jax.jit(jax.grad(lambda h, w: token_logps(h, w, targets, chunk=4)[0].sum(), (0, 1)))
     exact = gradients(hidden.astype(jnp.float32), head.astype(jnp.float32))
     for a, b in zip(gradients(hidden, head), exact):
         assert a.dtype == jnp.bfloat16
@@ -272,3 +274,20 @@ def test_it_works_inside_scan_checkpoint_and_vmap_of_gradients(rng):
     np.testing.assert_allclose(by_hidden.reshape(12, D), whole[0], rtol=1e-5, atol=1e-5)
     batched = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None, 0)))(micros[0], head, micros[1])
     np.testing.assert_allclose(batched[1].sum(0), whole[1], rtol=1e-5, atol=1e-5)
+
+
+@given(tokens=st.integers(1, 5000), chunk=st.integers(1, 5000))
+def test_chunks_hold_no_more_rows_than_asked_and_little_padding(tokens, chunk):
+    chunks = module._count_chunks(tokens, chunk)
+    rows = -(-tokens // chunks)
+    assert rows <= chunk
+    assert chunks <= max(1, 2 * -(-tokens // chunk))
+    assert rows * chunks - tokens < chunks
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(12, 4), (13, 4), (3, 7), (5, 1)])
+def test_splitting_into_chunks_and_joining_them_is_the_identity(tokens, chunks):
+    x = jnp.arange(2.0 * tokens).reshape(tokens, 2)
+    parts = module._split(x, chunks)
+    assert parts.shape[0] == chunks
+    np.testing.assert_array_equal(module._join(parts, tokens), x)

@@ -12,7 +12,9 @@ MARGINS = np.array([-200.0, -3.0, -0.1, 0.0, 0.1, 3.0, 200.0])
 
 def test_bradley_terry_is_the_log_likelihood_at_any_margin():
     expected = np.logaddexp(0.0, -MARGINS)
-    np.testing.assert_allclose(bradley_terry(jnp.array(MARGINS, jnp.float32)), expected, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(
+        bradley_terry(jnp.array(MARGINS, jnp.float32)), expected, rtol=1e-6, atol=1e-37
+    )
 
 
 def test_at_margin_zero_the_loss_is_log_two_and_its_slope_minus_a_half():

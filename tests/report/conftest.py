@@ -14,12 +14,17 @@ from jrlhf.report.schema import Evaluation
 
 
 def make_evaluation(
-    *, count: int = 24, lift: float = 0.3, words: str = "varied", judges: bool = True
+    *,
+    count: int = 24,
+    lift: float = 0.3,
+    noise: float = 0.05,
+    words: str = "varied",
+    judges: bool = True,
 ) -> Evaluation:
     """`lift` moves every judge score; `words` is "varied" or "same" for the second policy."""
     rng = np.random.default_rng(7)
     start = rng.uniform(0.2, 0.6, size=count)
-    moved = start + lift + rng.normal(0, 0.05, size=count)
+    moved = start + lift + rng.normal(0, noise, size=count)
     first = [f"one{i} two{i} three{i}" for i in range(count)]
     # Words repeat, pairs less so: distinct-1, distinct-2 and both policies' values all differ.
     second = [

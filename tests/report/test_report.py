@@ -20,7 +20,7 @@ from jrlhf.report import charts, statistics
 from jrlhf.report.curves import Curve, find_stages, read_stage
 from jrlhf.report.judge import words
 from jrlhf.report.schema import Evaluation
-from jrlhf.report.summary import format_p
+from jrlhf.report.summary import fixed, format_p, signed
 
 
 def rows(evaluation: Evaluation) -> dict[str, report.Row]:
@@ -61,6 +61,7 @@ def test_kl_has_no_p_value_since_it_is_zero_before(evaluation: Evaluation) -> No
     [
         ({"lift": 0.3}, True, True, "rose"),
         ({"lift": 0.0}, False, True, "which chance alone could do"),
+        ({"lift": 0.0, "noise": 0.0}, False, True, "stayed at"),
         ({"lift": -0.3}, False, True, "fell"),
         ({"words": "same"}, True, False, "rose"),
         ({"judges": False}, False, True, "No independent judge"),
@@ -79,6 +80,16 @@ def test_the_verdict_says_what_the_numbers_say(
 )
 def test_p_values_are_printed_with_their_relation(p: float | None, text: str) -> None:
     assert format_p(p) == text
+
+
+def test_zeros_have_no_minus() -> None:
+    assert [fixed(v, 2) for v in (-0.001, 0.0, -0.01, 1.005e3)] == [
+        "0.00",
+        "0.00",
+        "-0.01",
+        "1005.00",
+    ]
+    assert [signed(v, 1) for v in (-0.04, 0.04, -0.06, 2.0)] == ["+0.0", "+0.0", "-0.1", "+2.0"]
 
 
 def test_the_terminal_table_is_aligned_and_names_everything(evaluation: Evaluation) -> None:

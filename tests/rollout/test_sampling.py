@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jrlhf.errors import ConfigError
+from jrlhf.ops import sampling as ops
 from jrlhf.rollout import score
 from jrlhf.rollout.engine import row_keys
 from jrlhf.rollout.sampling import Sampled, SamplingParams, sample
@@ -63,6 +64,20 @@ def test_the_scorer_gives_the_samplers_log_probs(
         assert not set(ids[: length - 1]) & set(ENDS)
         assert (ids[length:] == PAD).all()
         assert not logps[length:].any()
+
+
+def test_token_t_is_drawn_with_the_rows_key_and_t(policy: Model, prompts: list[list[int]]) -> None:
+    sampling = SamplingParams(max_new_tokens=N, temperature=1.0, eos_token_ids=ENDS)
+    out = run(policy, prompts, sampling)
+    batch = joined(prompts, out)
+    logits = np.asarray(forward(policy.net, policy.params, batch["ids"]))
+    keys = row_keys(np.uint32(3), np.uint32(1), np.uint32(0), np.arange(6, dtype=np.uint32))
+    for t in range(N):
+        before = np.maximum(batch["slots"][:, t] - 1, 0)
+        key_t = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+        token = ops.draw(key_t, jax.numpy.asarray(logits[np.arange(6), before]))
+        running = t < out.lengths
+        np.testing.assert_array_equal(out.ids[running, t], np.asarray(token)[running])
 
 
 def test_greedy_is_the_argmax_of_a_full_forward_per_token(

@@ -88,12 +88,13 @@ def test_an_opening_is_whole_sentences_within_its_limits(text: str, opening: str
 
 def test_held_out_prompts_are_no_training_prompts() -> None:
     same = "one two three four five six seven eight nine ten."
+    prompt = data.first_words(same, data.PROMPT_WORDS)
     rows = [Review(f"{same} {row.text}", row.label) for row in reviews(140)]
     files = data.split([*reviews(140), *rows], seed=1, sizes=SMALL)
     assert any(row["text"].startswith(same) for row in files["sft"])  # the trap is set
     held = [row["prompt"] for row in files["heldout_prompts"]]
     assert len(set(held)) == len(held)
-    assert same in held
+    assert prompt in held
     assert not set(held) & {row["prompt"] for row in files["prompts"]}
 
 

@@ -47,7 +47,10 @@ def batch(seed=0, rows=16, length=12):
 def machine(toy, mesh, accumulate=1, trunk=0):
     net = Net(SPEC.replace(trunk_layers=trunk))
     mesh = make_mesh(mesh, devices=jax.devices()[:1] if mesh == "data=1" else None)
-    params = net.init(jax.random.key(0))
+    params = Net(SPEC).init(jax.random.key(0))
+    if trunk:  # the same weights, cut in two stacks
+        params["trunk"] = jax.tree.map(lambda x: x[:trunk], params["layers"])
+        params["layers"] = jax.tree.map(lambda x: x[trunk:], params["layers"])
     params = jax.device_put(params, params_shardings(net, params, mesh))
     trainable, frozen = partition(params, net)
     tx = toy.recorder()
@@ -75,10 +78,6 @@ def test_gradients_on_eight_devices_are_those_on_one(toy, mesh, accumulate):
     many, together = gradient(toy, mesh, accumulate)
     for path, wanted in jax.tree_util.tree_leaves_with_path(one):
         got = functools.reduce(lambda tree, key: tree[key.key], path, many)
-        if "'k'" in jax.tree_util.keystr(path) and "bias" in jax.tree_util.keystr(path):
-            # Softmax ignores what is added to all keys alike, but rotation makes it not quite so.
-            assert np.max(np.abs(got - wanted)) <= 1e-6
-            continue
         assert np.max(np.abs(got - wanted)) <= 1e-5 * np.max(np.abs(wanted)), path
     assert together.keys() == alone.keys()
     for name, value in alone.items():
@@ -91,7 +90,7 @@ def test_frozen_layers_get_no_gradient_and_change_no_other(toy):
     assert set(upper) == set(whole) - {"embed"}
     for path, got in jax.tree_util.tree_leaves_with_path(upper["layers"]):
         wanted = functools.reduce(lambda tree, key: tree[key.key], path, whole["layers"])[1:]
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+        assert np.max(np.abs(got - wanted)) <= 1e-5 * np.max(np.abs(wanted)), path
 
 
 def test_the_second_step_compiles_nothing_and_moves_nothing(toy):

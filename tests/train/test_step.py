@@ -239,7 +239,7 @@ def test_a_state_can_be_born_from_a_function(toy):
     np.testing.assert_allclose(state.params["head"]["kernel"], toy.params()["head"]["kernel"])
 
 
-@pytest.mark.parametrize("sizes", [(16,), (4, 12), (1, 2, 5, 8)])
+@pytest.mark.parametrize("sizes", [(4, 12), (8, 8)])
 def test_evaluation_is_one_mean_over_all_batches(toy, reference, sizes):
     batch, start, parts = toy.batch(), 0, []
     for size in sizes:
