@@ -1,9 +1,9 @@
 """Softmax attention with grouped key-value heads: causal over tokens, or over a cache.
 
-Keys and values are never repeated: the query heads of one group are rows of the same matrix. Queries
-are cut into a few static blocks, each of which meets only the keys up to its own end, so nearly half
-of the work above the diagonal is never done. The backward pass keeps queries, keys, values, output
-and one log-sum-exp per row, and computes the weights again (as in FlashAttention).
+Keys and values are never repeated: the query heads of one group are rows of the same matrix.
+Queries are cut into a few static blocks, each of which meets only the keys up to its own end, so
+most of the work above the diagonal is never done. The backward pass keeps queries, keys, values,
+output and one log-sum-exp per row, and computes the weights again (as in FlashAttention).
 
 Dots have operands of the compute dtype and float32 results; the softmax is float32.
 

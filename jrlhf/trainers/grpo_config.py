@@ -53,8 +53,8 @@ class GRPOConfig(GRPO, TrainingConfig):
     num_completions_to_print: int = 4
     use_vllm: bool = False
     vllm_mode: Literal["colocate", "server"] = "colocate"
-    vllm_tensor_parallel_size: int | None = None
-    vllm_gpu_memory_utilization: float | None = None
+    vllm_tensor_parallel_size: int = 1
+    vllm_gpu_memory_utilization: float = 0.3
 
     def __post_init__(self) -> None:
         if self.vllm_mode == "server":
