@@ -30,8 +30,8 @@ class Review(NamedTuple):
 class Sizes(NamedTuple):
     """Rows per file; each file takes as many positive as negative reviews."""
 
-    sft: int = 3000
-    pairs: int = 2000  # two rows each
+    sft: int = 2000
+    pairs: int = 1000  # two rows each
     prompts: int = 1500
     heldout_prompts: int = 128
     heldout_reviews: int = 128

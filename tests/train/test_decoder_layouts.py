@@ -47,7 +47,7 @@ def batch(seed=0, rows=16, length=12):
 def machine(toy, mesh, accumulate=1, trunk=0):
     net = Net(SPEC.replace(trunk_layers=trunk))
     mesh = make_mesh(mesh, devices=jax.devices()[:1] if mesh == "data=1" else None)
-    params = Net(SPEC).init(jax.random.key(0))
+    params = jax.jit(Net(SPEC).init)(jax.random.key(0))
     if trunk:  # the same weights, cut in two stacks
         params["trunk"] = jax.tree.map(lambda x: x[:trunk], params["layers"])
         params["layers"] = jax.tree.map(lambda x: x[trunk:], params["layers"])

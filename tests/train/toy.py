@@ -94,17 +94,21 @@ def recorder():
 
 
 class Buffered:
-    """Draws a buffer of three batches at a time, like a policy that collects rollouts."""
+    """Draws a buffer of three batches at a time, like a policy that collects rollouts.
+
+    What it draws depends on what it drew before, so a resume must restore it.
+    """
 
     def __init__(self, mesh, *, rows=16, delay=0.0, spoil=()):
         self.mesh, self.rows, self.delay, self.spoil = mesh, rows, delay, spoil
-        self.start, self.buffer, self.seen = -1, None, []
+        self.start, self.buffer, self.drawn, self.seen = -1, None, 0, []
 
     def batch(self, step, state):
         time.sleep(self.delay)
         if step // 3 * 3 != self.start:
             self.start = step // 3 * 3
-            rows = [batch(self.start + i, self.rows) for i in range(3)]
+            rows = [batch(self.start + i, self.rows, seed=self.drawn) for i in range(3)]
+            self.drawn += 1
             self.buffer = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
         self.seen.append(step)
         out = {k: v[step - self.start] for k, v in self.buffer.items()}
@@ -118,10 +122,10 @@ class Buffered:
         return {"position": float(self.seen[-1])}
 
     def state_dict(self):
-        return {"start": self.start, "buffer": self.buffer}
+        return {"start": self.start, "buffer": self.buffer, "drawn": self.drawn}
 
     def load_state_dict(self, saved):
-        self.start, self.buffer = saved["start"], saved["buffer"]
+        self.start, self.buffer, self.drawn = saved["start"], saved["buffer"], saved["drawn"]
 
 
 @functools.cache
