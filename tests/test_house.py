@@ -6,6 +6,7 @@ import ast
 import io
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -171,20 +172,27 @@ def clean_environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
 
-def best_seconds(command: list[str], *, tries: int = 3) -> float:
-    """The fastest of a few runs: a busy machine only ever adds time."""
-    times = []
+def answers_within(limit: float, command: list[str], *, tries: int = 3) -> bool:
+    """Whether the fastest of a few runs stays below the limit, in seconds.
+
+    A machine with more work than cores stretches every clock but a process's own: there the
+    processor time counts.
+    """
+    busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
     for _ in range(tries):
-        start = time.perf_counter()
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(
             command, check=True, cwd=ROOT, env=clean_environment(), stdout=subprocess.DEVNULL
         )
-        times.append(time.perf_counter() - start)
-    return min(times)
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        if (worked if busy else wall) < limit:
+            return True
+    return False
 
 
 def test_importing_jrlhf_is_quick() -> None:
-    assert best_seconds([sys.executable, "-c", "import jrlhf"]) < 3.0
+    assert answers_within(3.0, [sys.executable, "-c", "import jrlhf"])
 
 
 def test_importing_jrlhf_and_its_public_names_needs_no_torch() -> None:
@@ -203,7 +211,7 @@ def test_importing_jrlhf_and_its_public_names_needs_no_torch() -> None:
 
 def test_help_answers_within_a_second() -> None:
     command = [sys.executable, "-c", "from jrlhf.cli import main; main(['--help'])"]
-    assert best_seconds(command) < 1.0
+    assert answers_within(1.0, command)
 
 
 FORBIDDEN_TEXT = re.compile(r"/root/|/work/|/home/\w+/|pyenv/versions")

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 # Finite, so that a row with no allowed key (there is none by construction) could not make nan.
 BLOCKED = -1e30
 # Blocks of at least this many queries, and at most so many blocks: each is unrolled into the graph.
-MIN_BLOCK, MAX_BLOCKS = 64, 8
+MIN_BLOCK, MAX_BLOCKS = 64, 4
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

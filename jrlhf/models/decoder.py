@@ -179,7 +179,8 @@ class Decoder(nnx.Module):
         return self.head.kernel[...].astype(self.spec.dtype)
 
     def _embed(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        x = self.embed.table[...][ids].astype(jnp.float32)
+        # Rounded as `unstack` rounds the table, so that decoding starts from the same vectors.
+        x = self.embed.table[...][ids].astype(self.spec.dtype).astype(jnp.float32)
         return constrain(x, ("batch", "sequence", None))
 
     def _run(

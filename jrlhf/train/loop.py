@@ -25,7 +25,7 @@ from jrlhf.train.interrupt import Interrupts, TrainingInterrupted
 from jrlhf.train.metrics import Meter, jsonable
 from jrlhf.train.progress import Progress
 from jrlhf.train.state import TrainState, abstract
-from jrlhf.train.step import Step
+from jrlhf.train.step import Step, count_rows
 from jrlhf.train.writers import Writer, make_writers
 from jrlhf.types import Batch, PyTree
 
@@ -168,6 +168,7 @@ class Loop:
             args.output_dir, total_limit=args.save_total_limit, config=config
         )
         self._saved: Path | None = None
+        self._rows = 0
         resume = args.resume_from_checkpoint if resume is None else resume
         if resume:
             self._restore(self._checkpoints.find(resume))
@@ -226,6 +227,7 @@ class Loop:
         self._call("on_pre_optimizer_step")
         self.state, metrics = self.step(self.state, frozen, batch)
         self._call("on_optimizer_step")
+        self._rows += count_rows(batch)
         self._meter.add(metrics, self.source.metrics())
         self._wait_a_little(metrics["loss"])
         now.global_step += 1
@@ -355,6 +357,7 @@ class Loop:
         seconds = time.perf_counter() - begun
         metrics = {
             "train_runtime": seconds,
+            "train_samples_per_second": self._rows / max(seconds, 1e-9),
             "train_steps_per_second": (now.global_step - first) / max(seconds, 1e-9),
             "train_loss": self._meter.mean_loss(),
         }

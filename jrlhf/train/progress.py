@@ -85,9 +85,15 @@ def _shown(name: str) -> bool:
     return name in _ALWAYS or name.startswith(("eval_", "train_")) or name.endswith("accuracy")
 
 
+def _place(name: str) -> int:
+    """The best-known numbers first; a stable sort leaves the others in their order."""
+    return _ALWAYS.index(name) if name in _ALWAYS else len(_ALWAYS)
+
+
 def _line(values: Numbers) -> str:
     parts = []
-    for name, value in values.items():
+    for name in sorted(values, key=_place):
+        value = values[name]
         if name == "tokens_per_second":
             parts.append(f"{value:,.0f} tokens/s")
         else:

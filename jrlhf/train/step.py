@@ -60,7 +60,7 @@ def make_step(
         state: TrainState, frozen: PyTree, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
         if mesh is not None:
-            check_batch(_rows(batch), mesh, accumulate=accumulate)
+            check_batch(count_rows(batch), mesh, accumulate=accumulate)
         with activate(mesh, rules):
             micro = _split(batch, accumulate, mesh)
             gradient, sums = _accumulate(loss, state.params, frozen, micro)
@@ -163,7 +163,8 @@ def _split(batch: Batch, accumulate: int, mesh: Mesh | None) -> list[Batch] | Ba
     return jax.tree.map(one, dict(batch))
 
 
-def _rows(batch: Batch) -> int:
+def count_rows(batch: Batch) -> int:
+    """Examples in a batch: the leading axis of any entry that is not a scalar."""
     return next(x.shape[0] for x in jax.tree.leaves(dict(batch)) if x.ndim)
 
 

@@ -205,7 +205,9 @@ def test_remat_policies_change_no_gradient_and_save_memory(params, ids, remat):
 
     plain, remade = compiled(NET), compiled(Net(SPEC.replace(remat=remat)))
     batch = np.tile(ids, (4, 8))
-    jax.tree.map(close, remade(params, {}, batch), plain(params, {}, batch))
+    # Recomputed layers are fused otherwise, so they round otherwise: the bound is contract 1's.
+    pairs = (remade(params, {}, batch), plain(params, {}, batch))
+    jax.tree.map(lambda a, b: close(a, b, tolerance=1e-5), *pairs)
     sizes = [c.memory_analysis().temp_size_in_bytes for c in (remade, plain)]
     assert sizes[0] < sizes[1]
 

@@ -15,7 +15,10 @@ import pytest
 import quickstart
 import quickstart_data
 
-pytestmark = [pytest.mark.assets, pytest.mark.slow, pytest.mark.newest]
+# About a minute on an idle machine; six programs start and compile, so a busy one needs patience.
+pytestmark = [
+    pytest.mark.assets, pytest.mark.slow, pytest.mark.newest, pytest.mark.timeout(1800)
+]  # fmt: skip
 
 GOOD = ["wonderful", "moving", "superb", "lovely", "great"]
 BAD = ["awful", "boring", "dull", "terrible", "poor"]

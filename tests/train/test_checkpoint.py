@@ -37,6 +37,7 @@ def config(directory, **values):
 
 TIMING = {
     "tokens_per_second", "step_time", "compiles", "train_runtime", "train_steps_per_second",
+    "train_samples_per_second",
 }  # fmt: skip
 
 
