@@ -1,8 +1,8 @@
-"""Generation: new tokens per second of jrlhf and of transformers' `generate`, at several batch sizes.
+"""Generation: new tokens per second, jrlhf against transformers' `generate`, by batch size.
 
     python benchmarks/bench_generate.py [--quick] [--batch 8 32] [--new-tokens 64 128]
 
-Both sides sample with temperature 1 from the whole vocabulary, prompts of one length, and no EOS, so
+Both sides sample at temperature 1 from the whole vocabulary, prompts of one length, and no EOS, so
 that every row has exactly the new tokens asked for.
 """
 
@@ -120,9 +120,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         model = write_checkpoint(Path(directory), size)
-        run = functools.partial(
-            compare, size, model, rounds=options.rounds, clock=options.clock
-        )
+        run = functools.partial(compare, size, model, rounds=options.rounds, clock=options.clock)
         for dtype in options.dtype:
             for rows in options.batch:
                 for new_tokens in options.new_tokens:

@@ -107,7 +107,9 @@ def alone(name: str, task: str, dtype: str, size: Size) -> None:
     with tempfile.TemporaryDirectory() as work:
         # The checkpoint is written by another process, so that torch is loaded by TRL alone.
         model = Path(work) / "model"
-        code = "import sys, pathlib, task; task.write_checkpoint(pathlib.Path(sys.argv[1]), task.%s)"
+        code = (
+            "import sys, pathlib, task; task.write_checkpoint(pathlib.Path(sys.argv[1]), task.%s)"
+        )
         which = "FULL" if size == FULL else "QUICK"
         subprocess.run([sys.executable, "-c", code % which, str(model)], check=True,
                        cwd=Path(__file__).parent)  # fmt: skip

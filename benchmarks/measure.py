@@ -118,7 +118,7 @@ class TrainerSteps:
         try:
             trainer = make(Turns())
             trainer.train()
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
+        except BaseException as error:
             self._done.put(error)
         else:
             self._done.put(None)
@@ -191,7 +191,9 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def write(name: str, options: argparse.Namespace, results: list[dict[str, Any]], **more: Any) -> None:
+def write(
+    name: str, options: argparse.Namespace, results: list[dict[str, Any]], **more: Any
+) -> None:
     """Writes the JSON file of a run."""
     stem = f"{name}_quick" if options.quick else name
     path = options.output or RESULTS / f"{stem}.json"

@@ -24,7 +24,7 @@ def quiet() -> None:
 
 
 def use_threads(asked: int | None) -> int:
-    """The faster of one thread and all cores for a matmul of the model's shape, or what is asked."""
+    """The faster of one thread and all cores for a matmul of the model's shape, or as asked."""
     import torch
 
     choices = [asked] if asked else sorted({1, cores()})

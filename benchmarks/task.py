@@ -1,4 +1,4 @@
-"""What is measured: one tiny-Llama checkpoint and random texts, the same files for every contender."""
+"""What is measured: one tiny-Llama checkpoint and random texts, the same files for everyone."""
 
 from __future__ import annotations
 

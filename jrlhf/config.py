@@ -169,15 +169,14 @@ def config(cls: type[T]) -> type[T]:
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     build = made.__init__
+    needed = [f.name for f in dataclasses.fields(made) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
 
     @functools.wraps(build)
     def __init__(self: Any, *args: Any, **values: Any) -> None:
         if args:
             raise ConfigError(f"{made.__name__} takes keyword arguments only, got {args!r}.")
         values = translate(made, values)
-        missing = [f.name for f in dataclasses.fields(made) if f.init and f.name not in values
-                   and f.default is dataclasses.MISSING
-                   and f.default_factory is dataclasses.MISSING]  # fmt: skip
+        missing = [name for name in needed if name not in values]
         if missing:
             raise ConfigError(f"{made.__name__} needs {', '.join(missing)}.")
         build(self, **check_types(made, values))

@@ -136,8 +136,7 @@ def split(reviews: Iterable[Review], *, seed: int, sizes: Sizes) -> dict[str, li
     files["heldout_reviews"] = [{"text": row.text} for row in take(sizes.heldout_reviews)]
     files["sft"] = [{"text": row.text} for row in take(sizes.sft)]
     files["pairs"] = [
-        {"chosen": next(sides[1]).text, "rejected": next(sides[0]).text}
-        for _ in range(sizes.pairs)
+        {"chosen": next(sides[1]).text, "rejected": next(sides[0]).text} for _ in range(sizes.pairs)
     ]
     # The judge reads whole reviews: it only gets better by it.
     files["judge"] = [{"text": row.whole, "label": row.label} for row in take(sizes.judge)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from jrlhf.commands.arguments import parse
 from jrlhf.config import config
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
     )
     tokenizer = model.tokenizer
     room = model.net.spec.max_position_embeddings - cfg.max_new_tokens
-    prompts = prompt_rows(rows, tokenizer, max_prompt_length=room)
+    prompts: Any = prompt_rows(rows, tokenizer, max_prompt_length=room)
     sampling = SamplingParams(
         max_new_tokens=cfg.max_new_tokens, do_sample=cfg.do_sample, temperature=cfg.temperature,
         top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,

@@ -27,18 +27,17 @@ def datasets(script: ScriptArguments, config: Any) -> tuple[Any, Any]:
     """The training set, and the evaluation set where the config evaluates."""
     from jrlhf.data.sources import load_rows
 
-    options = {"config": script.dataset_config}
     train = load_rows(
         script.dataset_name,
         split=script.dataset_train_split,
         streaming=script.dataset_streaming,
-        **options,
+        config=script.dataset_config,
     )
     if config.eval_strategy == "no":
         return train, None
     source = script.eval_dataset_name or script.dataset_name
     split = script.dataset_test_split
-    return train, load_rows(source, split=split, name="eval", **options)
+    return train, load_rows(source, split=split, name="eval", config=script.dataset_config)
 
 
 def start() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +78,7 @@ def _forward(
     return out, (rows, keys, values, segments, out, lse)
 
 
-def _backward(
-    dtype: str, saved: tuple[Array | None, ...], d_out: Array
-) -> tuple[Array, Array, Array, None]:
+def _backward(dtype: str, saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
     rows, keys, values, segments, out, lse = saved
     b, n, g, s, e = rows.shape
     d_rows = _grouped(d_out, n, dtype, scale=1.0)

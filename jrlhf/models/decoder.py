@@ -6,7 +6,7 @@ anyway, so the sum costs nothing, and no rounding piles up over the layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,8 @@ class Attention(nnx.Module):
         if cache is None:
             out = attend_causal(q, k, v, context.segments, self.dtype)
         else:
+            assert context.slot is not None
+            assert context.valid is not None
             memory = cache = cache.write(k, v, context.slot)
             out = attend_cache(q, cache.k, cache.v, context.valid, dtype=self.dtype)
         return self.o(out), memory
@@ -166,10 +168,11 @@ class Decoder(nnx.Module):
         self, ids: Int[Array, "b s"], context: Context, cache: Cache
     ) -> tuple[Float[Array, "b s d"], Cache]:
         """The same layers, reading the cache and writing it at `context.slot`."""
-        x, grown = self._embed(ids), []
+        x = self._embed(ids)
+        grown: list[Any] = []
         for layer, memory in zip(self._single_layers(), cache, strict=True):
-            x, memory = layer(x, context, memory)
-            grown.append(memory)
+            x, written = layer(x, context, memory)
+            grown.append(written)
         return self.norm(x), tuple(grown)
 
     def head_kernel(self) -> Float[Array, "d v"]:

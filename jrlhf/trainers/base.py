@@ -98,6 +98,7 @@ class Trainer:
         self._total_steps = total_steps
         trainable, frozen = self._split()
         mesh = self.model.mesh
+        assert mesh is not None
         axes = self._trees(lambda model: partition(model.net.axes(), model.net)[0])
         self._tx, schedule = make_optimizer(self.args, total_steps, axes=axes)
         placed = self._trees(

@@ -83,7 +83,7 @@ def modernise(
     if args is None:
         args = config_class(**into_config)
     elif into_config:
-        args = dataclasses.replace(args, **into_config)
+        args = dataclasses.replace(args, **into_config)  # type: ignore[type-var]
     given["args"] = args
     return given
 
@@ -279,7 +279,7 @@ def context_length(model: Any) -> int:
 
 def use_compile_cache() -> None:
     """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (or "")."""
-    if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     with contextlib.suppress(OSError):
