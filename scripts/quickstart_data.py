@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     """Rows per file; each file takes as many positive as negative reviews."""
 
     sft: int = 2000
-    pairs: int = 1000  # two rows each
+    pairs: int = 2000  # two rows each
     prompts: int = 1500
     heldout_prompts: int = 128
     heldout_reviews: int = 128

@@ -64,19 +64,7 @@ def make_step(
         with activate(mesh, rules):
             micro = _split(batch, accumulate, mesh)
             gradient, sums = _accumulate(loss, state.params, frozen, micro)
-        weight = jnp.where(sums.objective.weight == 0, 1.0, sums.objective.weight)
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
-        norm = optax.tree.norm(gradient)
-        good = jnp.isfinite(norm) & jnp.isfinite(sums.objective.total)
-        good &= sums.objective.weight > 0
-        clipped = _clip(gradient, norm, max_grad_norm)
-        updates, moved = tx.update(clipped, state.opt_state, state.params)
-        new = TrainState(
-            state.step + 1,
-            state.skipped + (~good).astype(jnp.int32),
-            _choose(good, optax.apply_updates(state.params, updates), state.params),
-            _choose(good, moved, state.opt_state),
-        )
+        new, norm = _update(tx, state, gradient, sums.objective, max_grad_norm)
         metrics = {"loss": sums.objective.value(), **_values(sums.metrics)}
         metrics |= {"grad_norm": norm, "skipped_steps": new.skipped}
         if schedule is not None:
@@ -87,6 +75,29 @@ def make_step(
 
     out = None if shardings is None or mesh is None else (shardings, replicated(mesh))
     return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=out)
+
+
+def _update(
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    gradient: PyTree,
+    objective: Mean,
+    max_grad_norm: float | None,
+) -> tuple[TrainState, Float[Array, ""]]:
+    """The state after one update with sum(gradients) / sum(weights), and that gradient's norm."""
+    weight = jnp.where(objective.weight == 0, 1.0, objective.weight)
+    gradient = jax.tree.map(lambda g: g / weight, gradient)
+    norm = optax.tree.norm(gradient)
+    good = jnp.isfinite(norm) & jnp.isfinite(objective.total) & (objective.weight > 0)
+    clipped = _clip(gradient, norm, max_grad_norm)
+    updates, moved = tx.update(clipped, state.opt_state, state.params)
+    new = TrainState(
+        state.step + 1,
+        state.skipped + (~good).astype(jnp.int32),
+        _choose(good, optax.apply_updates(state.params, updates), state.params),
+        _choose(good, moved, state.opt_state),
+    )
+    return new, norm
 
 
 def make_evaluation(

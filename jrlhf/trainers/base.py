@@ -91,21 +91,16 @@ class Trainer:
             evaluation: makes the source of the evaluation set.
             callbacks: of the user.
             keep_start: the starting parameters stay alive, for they are the reference.
-            entropy: the loss also logs the entropy.
-            value_model: a separate value model, trained together with the policy.
+            entropy: also log the entropy.
+            value_model: a separate value model, trained with the policy.
         """
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps = total_steps
         trainable, frozen = self._split()
-        mesh = self.model.mesh
-        assert mesh is not None
+        mesh = self._mesh()
         axes = self._trees(lambda model: partition(model.net.axes(), model.net)[0])
         self._tx, schedule = make_optimizer(self.args, total_steps, axes=axes)
-        placed = self._trees(
-            lambda model: params_shardings(
-                model.net, partition(model.net.abstract(), model.net)[0], mesh
-            )
-        )
+        placed = self._trees(lambda model: _placed(model, mesh))
         self._shardings = state_shardings(self._tx, trainable, placed)
         loss = functools.partial(actor.loss, self.args, entropy=entropy)
         step = make_step(
@@ -129,6 +124,10 @@ class Trainer:
             callbacks=callbacks or (),
             context={"model": self.model, "processing_class": self.processing_class},
         )
+
+    def _mesh(self) -> jax.sharding.Mesh:
+        assert self.model.mesh is not None, "open_model puts every model on a mesh"
+        return self.model.mesh
 
     def _trees(self, part: Callable[[Model], PyTree]) -> PyTree:
         """A tree of the trained parameters: the policy's, or {"policy": …, "value": …}."""
@@ -211,3 +210,9 @@ class Trainer:
     def state(self) -> TrainerState:
         """global_step, epoch, log_history, … of the run."""
         return self._loop.trainer_state
+
+
+def _placed(model: Model, mesh: jax.sharding.Mesh) -> PyTree:
+    """Shardings of a model's trainable parameters."""
+    trainable = partition(model.net.abstract(), model.net)[0]
+    return params_shardings(model.net, trainable, mesh)

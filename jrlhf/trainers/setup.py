@@ -216,22 +216,8 @@ def open_model(
     Raises:
         ModelError: not a name or a model, or one with the wrong head.
     """
-    policy, dtype = remat_policy(args), compute_dtype(args)
     if isinstance(model, (str, Path)):
-        factory: Any = AutoModelForCausalLM
-        if head == "classifier":
-            factory = AutoModelForSequenceClassification
-        elif value_head:
-            factory = AutoModelForCausalLMWithValueHead
-        options: Mapping[str, Any] = {
-            **({"num_labels": 1} if head == "classifier" else {}),
-            "dtype": dtype,
-            "num_layers_unfrozen": args.num_layers_unfrozen,
-            "remat": policy,
-            "seed": args.seed,
-            **(args.model_init_kwargs or {}),
-        }
-        return factory.from_pretrained(model, mesh=mesh, **options)
+        return _load(model, args, mesh, head=head, value_head=value_head)
     if not isinstance(model, Model):
         raise ModelError(
             f"{face} takes a path, a hub name or a model of jrlhf's AutoModel classes, got "
@@ -250,20 +236,48 @@ def open_model(
         raise ModelError(
             f"{face}: the model lies on {model.mesh.shape}, the config asks for another."
         )
-    trunk = spec.trunk_layers
-    if args.num_layers_unfrozen >= 0:
-        if args.num_layers_unfrozen > spec.num_hidden_layers:
-            raise ConfigError(
-                f"num_layers_unfrozen={args.num_layers_unfrozen}, but the model has "
-                f"{spec.num_hidden_layers} layers."
-            )
-        trunk = spec.num_hidden_layers - args.num_layers_unfrozen
     return model.respec(
-        dtype=spec.dtype if args.bf16 is None else dtype,
-        remat=policy,
-        trunk_layers=trunk,
+        dtype=spec.dtype if args.bf16 is None else compute_dtype(args),
+        remat=remat_policy(args),
+        trunk_layers=_trunk(args, spec),
         value_head=value_head or spec.value_head,
     )
+
+
+def _load(
+    name: str | Path,
+    args: TrainingConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    head: str,
+    value_head: bool,
+) -> Model:
+    factory: Any = AutoModelForCausalLM
+    if head == "classifier":
+        factory = AutoModelForSequenceClassification
+    elif value_head:
+        factory = AutoModelForCausalLMWithValueHead
+    options: Mapping[str, Any] = {
+        **({"num_labels": 1} if head == "classifier" else {}),
+        "dtype": compute_dtype(args),
+        "num_layers_unfrozen": args.num_layers_unfrozen,
+        "remat": remat_policy(args),
+        "seed": args.seed,
+        **(args.model_init_kwargs or {}),
+    }
+    return factory.from_pretrained(name, mesh=mesh, **options)
+
+
+def _trunk(args: TrainingConfig, spec: Any) -> int:
+    """Frozen lower layers of a given model: as the config says, else as it came."""
+    if args.num_layers_unfrozen < 0:
+        return spec.trunk_layers
+    if args.num_layers_unfrozen > spec.num_hidden_layers:
+        raise ConfigError(
+            f"num_layers_unfrozen={args.num_layers_unfrozen}, but the model has "
+            f"{spec.num_hidden_layers} layers."
+        )
+    return spec.num_hidden_layers - args.num_layers_unfrozen
 
 
 def context_length(model: Any) -> int:

@@ -21,7 +21,7 @@ from jrlhf.errors import (
 )
 from jrlhf.models.build import Net
 from jrlhf.models.hf.reader import SafetensorsCheckpoint
-from jrlhf.models.hf.writer import Tensor, parse_size, plan_shards
+from jrlhf.models.hf.writer import Tensor, plan_shards
 from jrlhf.models.load import load_pretrained, open_checkpoint, save_pretrained
 
 CASES = {
@@ -381,19 +381,6 @@ def test_files_say_the_layout_that_transformers_4_asks_for(hf_directory, tmp_pat
     save_pretrained(tmp_path / "s", net, params, source=source)
     with safe_open(tmp_path / "s" / "model.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("2MiB", 2 * 2**20), (" 7 kb ", 7000), (9, 9), ("9B", 9)]
-)
-def test_sizes_are_read_as_transformers_reads_them(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1.5GB", "5 potatoes"])
-def test_what_is_no_size_is_an_error(text):
-    with pytest.raises(ConfigError, match="max_shard_size"):
-        parse_size(text)
 
 
 def test_an_unknown_dtype_is_refused_before_anything_is_written(hf_directory, tmp_path):
