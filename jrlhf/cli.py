@@ -6,6 +6,7 @@ Only the chosen verb is imported, so that `--help` and a misspelt verb answer at
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from jrlhf.errors import ConfigError, JrlhfError, suggest
@@ -34,6 +35,8 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in the input."""
+    # transformers says that PyTorch is missing; here that is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     words = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (words or ["help"])[0], words[1:]
     try:
