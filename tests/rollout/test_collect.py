@@ -311,6 +311,9 @@ def test_new_weights_reach_the_sampler_and_the_reference_stays(build: Any, polic
     digest = jax.tree.map(np.array, source.reference)
     moved = jax.tree.map(lambda x: x + 0.1, policy.params)
     first, second = source.collect(0, policy.params), source.collect(0, moved)
+    later = source.collect(2, policy.params)  # the same prompts again
+    assert (first["ids"] != later["ids"]).any()
+    assert (first["slots"][:, 0] == later["slots"][:, 0]).all()
     assert (first["ids"] != second["ids"]).any()
     np.testing.assert_allclose(second["sampler_logps"], second["old_logps"], atol=1e-5)
     assert np.abs(second["old_logps"] - second["ref_logps"]).max() > 0.1
