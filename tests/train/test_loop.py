@@ -294,13 +294,16 @@ def test_a_killed_process_goes_on_where_it_was(toy, tmp_path, name):
 
     program = [sys.executable, str(Path(toy.__file__)), str(tmp_path), "2000", "data=1"]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    waited = time.monotonic() + 120
-    while not (tmp_path / "metrics.jsonl").is_file() or len(lines(tmp_path)) < 3:
-        assert time.monotonic() < waited
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.Signals[name])
-    out, err = process.communicate(timeout=60)
+    try:
+        waited = time.monotonic() + 400
+        while not (tmp_path / "metrics.jsonl").is_file() or len(lines(tmp_path)) < 3:
+            assert time.monotonic() < waited
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.Signals[name])
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signal.Signals[name], err
     assert "finished" not in out
     assert "Traceback" not in err
