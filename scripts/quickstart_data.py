@@ -18,7 +18,7 @@ from typing import NamedTuple
 PROMPT_WORDS = 6  # of a review's start; the policy writes on from there
 # All stages read the first whole sentences of a review, up to so many words: texts that come to an
 # end, so that the policy learns to end its own and the reward model scores complete ones.
-MIN_WORDS, MAX_WORDS = 14, 36
+MIN_WORDS, MAX_WORDS = 14, 30
 
 
 class Review(NamedTuple):
@@ -32,10 +32,10 @@ class Sizes(NamedTuple):
 
     sft: int = 2000
     pairs: int = 2000  # two rows each
-    prompts: int = 1500
+    prompts: int = 1100
     heldout_prompts: int = 128
     heldout_reviews: int = 128
-    judge: int = 11000
+    judge: int = 10000
 
     def rows(self) -> int:
         return sum(self) + self.pairs

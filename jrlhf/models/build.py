@@ -83,6 +83,7 @@ class Net:
         segments: Int[Array, "b s"] | None = None,
         positions: Int[Array, "b s"] | None = None,
         lengths: Int[Array, " b"] | None = None,
+        trunk: Float[Array, "b s d"] | None = None,
     ) -> Float[Array, "b s d"]:
         """Hidden states after the final norm, in the compute dtype.
 
@@ -95,12 +96,29 @@ class Net:
             positions: RoPE position of each token; 0, 1, ... by default.
             lengths: accepted so that callers can pass a batch as it is; causality makes it
                 redundant for right-padded rows.
+            trunk: what `trunk` gave for these rows: the frozen layers are then not run again.
 
         Returns:
             [b s d]; at padding the values are finite and mean nothing.
         """
         del lengths
-        return _module(self.spec, params).hidden(ids, self._context(ids, segments, positions))
+        context = self._context(ids, segments, positions)
+        return _module(self.spec, params).hidden(ids, context, trunk)
+
+    def trunk(
+        self,
+        params: Params,
+        ids: Int[Array, "b s"],
+        *,
+        segments: Int[Array, "b s"] | None = None,
+        positions: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """The float32 residual stream where the frozen layers end, for `hidden`.
+
+        It depends on frozen parameters alone, so one pass serves every epoch over the same rows,
+        and the policy and its reference alike.
+        """
+        return _module(self.spec, params).below(ids, self._context(ids, segments, positions))
 
     def head(self, params: Params) -> Float[Array, "d v"]:
         """The map from hidden states to logits, in the compute dtype."""

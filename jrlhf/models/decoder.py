@@ -151,16 +151,24 @@ class Decoder(nnx.Module):
         if spec.value_head:
             self.value = Readout(keys, embed=spec.hidden_size, outputs=1, bias=True, scale=scale)
 
-    def hidden(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
-        """Hidden states after the final norm, in the compute dtype."""
-        x, _ = self._run(self._embed(ids), context, remat=self.spec.remat, keep=False)
+    def hidden(
+        self, ids: Int[Array, "b s"], context: Context, trunk: Array | None = None
+    ) -> Float[Array, "b s d"]:
+        """Hidden states after the final norm, in the compute dtype; `trunk`: of `below`."""
+        x = self.below(ids, context) if trunk is None else trunk
+        x, _ = self._run(x, context, ("layers",), remat=self.spec.remat, keep=False)
         return self.norm(x)
+
+    def below(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
+        """The residual stream where the frozen trunk ends: the embeddings if there is none."""
+        return self._run(self._embed(ids), context, ("trunk",), remat="none", keep=False)[0]
 
     def prefill(
         self, ids: Int[Array, "b s"], context: Context, *, cache_size: int
     ) -> tuple[Float[Array, "b s d"], Cache]:
         """The same forward, keeping every layer's keys and values in a cache."""
-        x, memories = self._run(self._embed(ids), context, remat="none", keep=True)
+        stacks = ("trunk", "layers")
+        x, memories = self._run(self._embed(ids), context, stacks, remat="none", keep=True)
         cache = tuple(filled(k, v, size=cache_size, dtype=self.spec.dtype) for k, v in memories)
         return self.norm(x), cache
 
@@ -187,10 +195,10 @@ class Decoder(nnx.Module):
         return constrain(x, ("batch", "sequence", None))
 
     def _run(
-        self, x: Array, context: Context, *, remat: str, keep: bool
+        self, x: Array, context: Context, stacks: tuple[str, ...], *, remat: str, keep: bool
     ) -> tuple[Array, list[KeyValue]]:
-        """Runs all layers; with `keep` also returns each layer's keys and values."""
-        if isinstance(getattr(self, "layers", None), nnx.List):
+        """Runs these stacks' layers; with `keep` also returns each layer's keys and values."""
+        if "layers" in stacks and isinstance(getattr(self, "layers", None), nnx.List):
             memories = []
             for layer in self.layers:
                 x, memory = layer(x, context)
@@ -202,7 +210,7 @@ class Decoder(nnx.Module):
             return x, memory if keep else None
 
         memories = []
-        for name in ("trunk", "layers"):
+        for name in stacks:
             if (stack := getattr(self, name, None)) is None:
                 continue
             frozen = name == "trunk"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.errors import CheckpointError, ConfigError, DataError
+from jrlhf.models.build import Net
 from jrlhf.rollout import devices, summary
 from jrlhf.rollout.engine import Completion, Engine
 from jrlhf.rollout.rewards import Completions, Rewards, RewardSuite
@@ -87,6 +88,20 @@ def score(
     with devices.active(mesh):
         out = actor.outputs(trainable, frozen, batch)
     return Outputs(logps=out.logps, values=out.values)
+
+
+@functools.partial(jax.jit, static_argnames=("net", "mesh"))
+def below(
+    net: Net, params: PyTree, ids: jax.Array, *, mesh: jax.sharding.Mesh | None = None
+) -> jax.Array:
+    """`net.trunk` of finished sequences."""
+    with devices.active(mesh):
+        return net.trunk(params, ids)
+
+
+# What a rollout may keep of its trunk states, over all processes. Beyond it they are computed anew
+# in every pass: host memory and transfers would cost more than frozen layers do.
+TRUNK_BYTES = 2**28
 
 
 class Rollouts:
@@ -164,6 +179,8 @@ class Rollouts:
                 )
             self._buffer = self.collect(rollout, state.params)
             self._rollout = rollout
+        if "trunk" not in self._buffer:  # after a resume
+            self._buffer |= self._below(state.params, self._buffer["ids"])
         epoch, number = divmod(place, self.plan.batches)
         start = number * self.plan.batch_rows
         rows = self.plan.order(rollout, epoch)[start : start + self.plan.batch_rows]
@@ -180,7 +197,9 @@ class Rollouts:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs: numbers, and `buffer`, a flat dict of numpy arrays."""
-        return {"rollout": self._rollout, "kl_coef": self.kl_coef, "buffer": dict(self._buffer)}
+        # Trunk states are large, and computed again to the same bits.
+        buffer = {name: x for name, x in self._buffer.items() if name != "trunk"}
+        return {"rollout": self._rollout, "kl_coef": self.kl_coef, "buffer": buffer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
@@ -203,7 +222,8 @@ class Rollouts:
         rewards = rewards._replace(table=whole(rewards.table), total=whole(rewards.total))
         batch = {name: whole(x) for name, x in self._arrays(done).items()}
         batch["rewards"] = rewards.total
-        batch |= self._scored(trainable, batch)
+        trunk = self._below(trainable, batch["ids"])
+        batch |= self._scored(trainable, batch | trunk)
         credited, values = self._credit(batch)
         values = values | {
             "time/sample": sampled - begun,
@@ -211,7 +231,7 @@ class Rollouts:
             "time/score": time.perf_counter() - rewarded,
         }
         self._log(credited, rewards, values)
-        return credited
+        return credited | trunk
 
     def _sample(
         self, rollout: int, trainable: PyTree
@@ -287,6 +307,21 @@ class Rollouts:
             batch["terminated"][i] = completion.finished
         return batch
 
+    def _below(self, trainable: PyTree, ids: np.ndarray) -> Arrays:
+        """The policy's trunk states, one pass for all epochs; nothing where that does not pay."""
+        net = self.actor.net
+        size = ids.size * net.spec.hidden_size * 4
+        if not net.spec.trunk_layers or self.actor.value_net is not None or size > TRUNK_BYTES:
+            return {}
+        params = self.actor.policy(trainable, self.frozen)
+        parts = []
+        for start in range(0, self.plan.rows, self.plan.micro_rows):
+            rows = ids[start : start + self.plan.micro_rows][devices.own_rows(self.plan.micro_rows)]
+            placed = devices.put(self.mesh, {"ids": rows})["ids"]
+            states = devices.to_host(below(net, params, placed, mesh=self.mesh))
+            parts.append(devices.gather_rows(states))
+        return {"trunk": np.concatenate(parts)}
+
     def _scored(self, trainable: PyTree, batch: Arrays) -> Arrays:
         """old_logps, ref_logps and values, computed in the shape of a training micro-batch."""
         # One update per rollout: the policy is its own old policy (see `Actor.loss`), so nothing
@@ -299,7 +334,8 @@ class Rollouts:
         parts: list[Arrays] = []
         for start in range(0, self.plan.rows, self.plan.micro_rows):
             chunk = slice(start, start + self.plan.micro_rows)
-            rows = {name: batch[name][chunk] for name in ("ids", "lengths", "slots")}
+            names = ("ids", "lengths", "slots", "trunk")
+            rows = {name: batch[name][chunk] for name in names if name in batch}
             own = devices.own_rows(self.plan.micro_rows)
             placed = devices.put(self.mesh, {name: x[own] for name, x in rows.items()})
             part: dict[str, jax.Array | None] = {}

@@ -38,7 +38,8 @@ def outputs(
         params: its parameters.
         batch: `ids [... s]` and `lengths [...]`; for packed rows `segments` and `positions [... s]`
             (segment 0 is padding, a document's first token is not scored); for rollouts
-            `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none.
+            `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none,
+            and perhaps `trunk [... s d]`, what `net.trunk` gives for these rows.
             Leading axes (pairs) are flattened into rows and restored.
         temperature: divides the logits, as in the sampler.
         entropy: also returns the entropy of each token's distribution.
@@ -50,7 +51,7 @@ def outputs(
         Everything that is not a scored token is exactly 0.
     """
     lead, rows = _rows(batch)
-    hidden = _hidden(net, params, rows)
+    hidden = _hidden(net, params, rows, trunk=rows.get("trunk"))
     if net.spec.head == "classifier":
         scores = net.scores(params, hidden, rows["lengths"])
         labels = scores.shape[-1:] if scores.shape[-1] > 1 else ()
@@ -86,18 +87,21 @@ def outputs(
 def _rows(batch: Batch) -> tuple[tuple[int, ...], dict[str, Array]]:
     """The batch's leading axes, and its arrays with these flattened into one."""
     lead = batch["ids"].shape[:-1]
-    names = ("ids", "lengths", "segments", "positions", "slots")
+    names = ("ids", "lengths", "segments", "positions", "slots", "trunk")
     given = {name: jnp.asarray(batch[name]) for name in names if name in batch}
     return lead, {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in given.items()}
 
 
-def _hidden(net: Net, params: PyTree, rows: dict[str, Array]) -> Float[Array, "b s d"]:
+def _hidden(
+    net: Net, params: PyTree, rows: dict[str, Array], *, trunk: Array | None = None
+) -> Float[Array, "b s d"]:
     return net.hidden(
         params,
         rows["ids"],
         lengths=rows["lengths"],
         segments=rows.get("segments"),
         positions=rows.get("positions"),
+        trunk=trunk,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from jrlhf.algos import GRPO, PPO
 from jrlhf.errors import CheckpointError, ConfigError, DataError
+from jrlhf.models.build import partition
 from jrlhf.rollout.collect import Plan, Rollouts
 from jrlhf.rollout.engine import Engine
 from jrlhf.rollout.rewards import RewardSuite
@@ -107,6 +108,47 @@ def test_rows_hold_prompt_completion_and_nothing_else(
     assert np.abs(made["ref_logps"] - made["old_logps"]).max() > 0.1
     assert source.samples[3]["prompt"] == "prompt 3"
     assert source.samples[3]["reward"] == made["rewards"][3]
+
+
+def test_frozen_layers_run_once_per_rollout_and_change_nothing(
+    rows: list[dict[str, Any]], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen_net, params = model(3, value_head=True, num_hidden_layers=3, trunk_layers=2)
+    trainable, frozen = partition(params, frozen_net)
+    moved = jax.tree.map(lambda x: 1.1 * x, trainable)
+    engine = Engine(frozen_net, tokenizer, SAMPLING, rows=ROWS)
+
+    def make() -> Rollouts:
+        return Rollouts(
+            Actor(frozen_net), ppo(), engine, RewardSuite(reward), lambda _: rows[:ROWS], PLAN,
+            frozen=frozen, reference=moved,
+        )  # fmt: skip
+
+    kept = make()
+    batches = [kept.batch(step, State(trainable)) for step in range(4)]
+    hidden_size = frozen_net.spec.hidden_size
+    assert all(batch["trunk"].shape == (4, P + N, hidden_size) for batch in batches)
+    ids, lengths = batches[3]["ids"], batches[3]["lengths"]
+    np.testing.assert_allclose(
+        frozen_net.hidden(params, ids, lengths=lengths, trunk=batches[3]["trunk"]),
+        frozen_net.hidden(params, ids, lengths=lengths),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+    # A checkpoint holds none of it, and goes on with the same bits.
+    state = kept.state_dict()
+    assert "trunk" not in state["buffer"]
+    resumed = make()
+    resumed.load_state_dict(state)
+    for name, x in resumed.batch(3, State(moved)).items():
+        np.testing.assert_array_equal(x, batches[3][name], err_msg=name)
+
+    # Where it would be too large it is left out, and nothing else differs.
+    monkeypatch.setattr("jrlhf.rollout.collect.TRUNK_BYTES", 0)
+    plain = make().batch(0, State(trainable))
+    assert set(batches[0]) - set(plain) == {"trunk"}
+    for name, x in plain.items():
+        np.testing.assert_allclose(x, batches[0][name], atol=2e-5, err_msg=name)
 
 
 def test_reward_functions_see_each_completion_beside_its_prompt_and_columns(
