@@ -9,20 +9,20 @@ from __future__ import annotations
 import csv
 import json
 import random
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PROMPT_WORDS = 6  # of a review's start; the policy writes on from there
-# All stages read the first whole sentences of a review, up to so many words: texts that come to an
-# end, so that the policy learns to end its own and the reward model scores complete ones.
-MIN_WORDS, MAX_WORDS = 14, 30
+# All stages read the first words of a review: more of them than the recipes' `max_length` has
+# tokens, so that all texts are cut at one length, as completions are. Length then tells nobody
+# anything, and no stage spends time on padding.
+TEXT_WORDS = 60
 
 
 class Review(NamedTuple):
-    text: str  # its first sentences: see `opening`
+    text: str  # its first TEXT_WORDS words
     label: int  # 1 positive, 0 negative
     whole: str = ""
 
@@ -32,10 +32,10 @@ class Sizes(NamedTuple):
 
     sft: int = 2000
     pairs: int = 2000  # two rows each
-    prompts: int = 1100
+    prompts: int = 1200
     heldout_prompts: int = 128
     heldout_reviews: int = 128
-    judge: int = 10000
+    judge: int = 12000
 
     def rows(self) -> int:
         return sum(self) + self.pairs
@@ -65,29 +65,14 @@ def first_words(text: str, count: int) -> str:
     return " ".join(text.split()[:count])
 
 
-_SENTENCE = re.compile(r"\S.*?(?:[.!?]+[\"')]*(?=\s|$)|$)")
-
-
-def opening(text: str) -> str | None:
-    """The first whole sentences of a review, MIN_WORDS to MAX_WORDS words in all; None if none."""
-    taken: list[str] = []
-    count = 0
-    for sentence in _SENTENCE.findall(text):
-        count += len(sentence.split())
-        if count > MAX_WORDS:
-            break
-        taken.append(sentence.strip())
-    return " ".join(taken) if len(" ".join(taken).split()) >= MIN_WORDS else None
-
-
 def pools(reviews: Iterable[Review], *, seed: int) -> tuple[list[Review], list[Review]]:
-    """Negative and positive reviews with a useful opening, each once, shuffled by the seed."""
+    """Negative and positive reviews that are long enough, each once, shuffled by the seed."""
     seen: set[str] = set()
     sides: tuple[list[Review], list[Review]] = ([], [])
     for review in reviews:
         whole = clean(review.text)
-        text = opening(whole)
-        if text is None:
+        text = first_words(whole, TEXT_WORDS)
+        if len(text.split()) < TEXT_WORDS:
             continue
         same = " ".join(text.lower().split())
         if same in seen:

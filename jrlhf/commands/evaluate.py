@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
     from jrlhf.data.sources import load_rows
 
     judges = report.sentiment_judges(cfg.judge_rows, calibrate_words=cfg.judge_words)
+    print("  judges: fitted", flush=True)
     prompts = [row["prompt"] for row in load_rows(cfg.prompts, name="prompts")]
     dtype = "bfloat16" if cfg.bf16 else "float32"
     before, after = (

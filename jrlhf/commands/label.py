@@ -45,6 +45,7 @@ class LabelConfig:
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, LabelConfig, verb="label")
     from jrlhf.auto import AutoModelForCausalLM
+    from jrlhf.commands.scoring import say_sampled
     from jrlhf.data.encode import Encoder
     from jrlhf.data.sources import load_rows
     from jrlhf.sharding.mesh import make_mesh
@@ -64,11 +65,9 @@ def main(argv: list[str]) -> int:
     )
     group = cfg.num_generations
     ids = [row.tolist() for row in Encoder(tokenizer).texts(prompts) for _ in range(group)]
-
-    def show(done: int, total: int) -> None:
-        print(f"  sampled {done} of {total}", flush=True)
-
-    done = engine.generate(model.params, ids, seed=cfg.seed, role="label", progress=show)
+    done = engine.generate(
+        model.params, ids, seed=cfg.seed, role="label", progress=say_sampled("policy")
+    )
     scores = judge.score_ids([[*p, *c.ids] for p, c in zip(ids, done, strict=True)])
     target = Path(cfg.output)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,15 @@ def sequence_logps(
     return np.asarray(sums)
 
 
+def say_sampled(what: str) -> Callable[[int, int], None]:
+    """What an engine's `progress` is told, as lines."""
+
+    def show(done: int, total: int) -> None:
+        print(f"  {what}: sampled {done} of {total}", flush=True)
+
+    return show
+
+
 def policy_arm(
     name: str,
     model: Any,
@@ -63,7 +72,9 @@ def policy_arm(
         model, model.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
         eos_token_ids=online.eos_ids(model, model.tokenizer), rows=cfg.rows,
     )  # fmt: skip
-    done = engine.generate(model.params, prompts, seed=cfg.seed, role="evaluate")
+    done = engine.generate(
+        model.params, prompts, seed=cfg.seed, role="evaluate", progress=say_sampled(name)
+    )
     rows = [[*p, *c.ids] for p, c in zip(prompts, done, strict=True)]
     starts = [len(p) for p in prompts]
 
@@ -72,11 +83,16 @@ def policy_arm(
 
     own = logps(model, rows, starts, cfg.temperature)
     base = own if model is reference else logps(reference, rows, starts, cfg.temperature)
+    rewards = scorer.score_ids(rows).tolist()
+    print(f"  {name}: scored by the reward model, mean {np.mean(rewards):.3g}", flush=True)
+    losses = (-logps(model, texts, [1] * len(texts), 1.0)).tolist() if texts else ()
+    if texts:
+        print(f"  {name}: read {len(texts)} held-out texts", flush=True)
     return report.Arm(
         name=name,
         completions=[c.text for c in done],
         tokens=[len(c.ids) for c in done],
-        rewards=scorer.score_ids(rows).tolist(),
+        rewards=rewards,
         kl=(own - base).tolist(),
-        losses=(-logps(model, texts, [1] * len(texts), 1.0)).tolist() if texts else (),
+        losses=losses,
     )

@@ -64,26 +64,8 @@ def test_duplicates_and_stubs_are_left_out() -> None:
     rows = reviews()
     doubled = [*rows, *(Review(f"  {row.text.upper()} <br />", row.label) for row in rows)]
     stubs = [Review("too short.", i % 2) for i in range(50)]
-    endless = [Review("no end " * 60, i % 2) for i in range(50)]
-    negative, positive = data.pools([*doubled, *stubs, *endless], seed=0)
+    negative, positive = data.pools([*doubled, *stubs], seed=0)
     assert len(negative) + len(positive) == len(rows)
-
-
-@pytest.mark.parametrize(
-    ("text", "opening"),
-    [
-        ("a " * 13 + "b. " + "c " * 20 + "d! " + "e " * 30 + "f.",
-         "a " * 13 + "b. " + "c " * 20 + "d!"),  # 14 + 21 words; 31 more are too many
-        ("a " * 9 + 'b." ' + "c " * 9 + "d?) " + "e " * 40, "a " * 9 + 'b." ' + "c " * 9 + "d?)"),
-        ("a " * 13 + "b", "a " * 13 + "b"),  # the end of the text ends a sentence
-        ("a " * 12 + "b. " + "c " * 40, None),  # 13 words are too few
-        ("a " * 40, None),
-        ("", None),
-    ],
-)  # fmt: skip
-def test_an_opening_is_whole_sentences_within_its_limits(text: str, opening: str | None) -> None:
-    assert (data.MIN_WORDS, data.MAX_WORDS) == (14, 36)
-    assert data.opening(text.strip()) == opening
 
 
 def test_held_out_prompts_are_no_training_prompts() -> None:
@@ -98,15 +80,14 @@ def test_held_out_prompts_are_no_training_prompts() -> None:
     assert not set(held) & {row["prompt"] for row in files["prompts"]}
 
 
-def test_training_texts_are_openings_and_the_judge_reads_on() -> None:
+def test_training_texts_are_cut_at_one_length_and_the_judge_reads_on() -> None:
     rows = [Review(f"{r.text}<br /><br />the  end", r.label) for r in reviews()]
     files = data.split(rows, seed=0, sizes=SMALL)
     assert all(len(row["prompt"].split()) == data.PROMPT_WORDS for row in files["prompts"])
     texts = [row["text"] for row in files["sft"]]
     texts += [row[side] for row in files["pairs"] for side in ("chosen", "rejected")]
     for text in texts:
-        assert data.MIN_WORDS <= len(text.split()) <= data.MAX_WORDS
-        assert text.endswith(".")
+        assert len(text.split()) == data.TEXT_WORDS
     assert all(row["text"].endswith(". the end") for row in files["judge"])
 
 
