@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROMPT_WORDS = 6  # of a review's start; the policy writes on from there
-# All stages read the first words of a review: more of them than the recipes' `max_length` has
-# tokens, so that all texts are cut at one length, as completions are. Length then tells nobody
-# anything, and no stage spends time on padding.
+# No text comes to its end, as completions of a fixed length do not: so length rewards nothing, and
+# nothing is spent on padding. Of these words every recipe's `max_length` of tokens is full.
 TEXT_WORDS = 60
+# A reward model reads its texts whole or not at all: few of these words have more tokens than that.
+PAIR_WORDS = 30
 
 
 class Review(NamedTuple):
@@ -31,7 +32,7 @@ class Sizes(NamedTuple):
     """Rows per file; each file takes as many positive as negative reviews."""
 
     sft: int = 2000
-    pairs: int = 2000  # two rows each
+    pairs: int = 2200  # two rows each
     prompts: int = 1200
     heldout_prompts: int = 128
     heldout_reviews: int = 128
@@ -121,7 +122,11 @@ def split(reviews: Iterable[Review], *, seed: int, sizes: Sizes) -> dict[str, li
     files["heldout_reviews"] = [{"text": row.text} for row in take(sizes.heldout_reviews)]
     files["sft"] = [{"text": row.text} for row in take(sizes.sft)]
     files["pairs"] = [
-        {"chosen": next(sides[1]).text, "rejected": next(sides[0]).text} for _ in range(sizes.pairs)
+        {
+            name: first_words(next(sides[label]).text, PAIR_WORDS)
+            for name, label in (("chosen", 1), ("rejected", 0))
+        }
+        for _ in range(sizes.pairs)
     ]
     # The judge reads whole reviews: it only gets better by it.
     files["judge"] = [{"text": row.whole, "label": row.label} for row in take(sizes.judge)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def encode_columns(
     *,
     assistant: bool = False,
     continue_assistant: bool = False,
-    need_eos: bool = True,
+    eos: Literal["always", "if known", "never"] = "always",
 ) -> list[TokenRow]:
     """Encodes the joined columns of each row: ids, and the mask of what may be trained on.
 
@@ -95,17 +95,16 @@ def encode_columns(
         where: the rows' names.
         assistant: mask everything but the assistant's turns.
         continue_assistant: leave a prompt open whose last message is the assistant's.
-        need_eos: a tokenizer without EOS token is an error.
+        eos: how plain text ends; "always" makes a tokenizer without EOS token an error.
     """
     if not rows:
         return []
     if not isinstance(rows[0].get(columns[-1]), list):
         texts = ["".join(text_cell(row, column, at) for column in columns)
                  for row, at in zip(rows, where, strict=True)]  # fmt: skip
-        eos = columns[-1] != "prompt"
-        if not need_eos:
-            eos = eos and encoder.tokenizer.eos_token is not None
-        return _unmasked(encoder.texts(texts, eos=eos))
+        known = eos == "if known" and encoder.tokenizer.eos_token is not None
+        ends = columns[-1] != "prompt" and (eos == "always" or known)
+        return _unmasked(encoder.texts(texts, eos=ends))
     chats = [_chat(row, columns, at) for row, at in zip(rows, where, strict=True)]
     if assistant:
         made = encoder.assistant_chats(chats, where=where)

@@ -221,6 +221,7 @@ def reward_rows(
     tokenizer: Any,
     *,
     max_length: int | None,
+    append_eos: bool = True,
     name: str = "train",
 ) -> Rows | RowStream:
     """Tokenizes pairs for a reward model: each side whole, with its prompt if there is one.
@@ -229,6 +230,7 @@ def reward_rows(
         dataset: rows of chosen, rejected (, prompt, margin), or chosen_ids and rejected_ids.
         tokenizer: a transformers tokenizer, or an `Encoder` with options.
         max_length: pairs with a longer side are dropped, never cut: the score is read at the end.
+        append_eos: end plain text with EOS, if the tokenizer has one.
         name: the dataset's name in messages.
 
     Returns:
@@ -242,7 +244,8 @@ def reward_rows(
         if "chosen_ids" in first:
             return [ids_cell(r, f"{which}_ids", at) for r, at in zip(rows, where, strict=True)]
         whole = [joined_prompt(to_chatml(r), which, at) for r, at in zip(rows, where, strict=True)]
-        return _ids_of(encode_columns(encoder, whole, (which,), where, need_eos=False))
+        eos: Literal["if known", "never"] = "if known" if append_eos else "never"
+        return _ids_of(encode_columns(encoder, whole, (which,), where, eos=eos))
 
     def chunk(rows: list[Row], where: list[str], counts: Counter[str]) -> Iterator[TokenRow]:
         sides = [side(rows, which, where) for which in ("chosen", "rejected")]

@@ -22,11 +22,14 @@ class RewardConfig(Reward, TrainingConfig):
 
     Attributes:
         max_length: pairs with a longer side are left out, never cut: the score is read at the end.
+        append_eos: end plain text with EOS, as TRL does. Without it the model learns to score text
+            that is cut off: for policies whose completions are.
         chat_template_path: file with a Jinja chat template, or a model to take it from.
     """
 
     learning_rate: float = 1e-4
     max_length: int | None = 1024
+    append_eos: bool = True
     chat_template_path: str | None = None
 
 
@@ -60,7 +63,12 @@ class RewardTrainer(Trainer):
         self._data = OfflineData(
             start.args,
             start.mesh,
-            functools.partial(reward_rows, tokenizer=tokenizer, max_length=start.max_length),
+            functools.partial(
+                reward_rows,
+                tokenizer=tokenizer,
+                max_length=start.max_length,
+                append_eos=start.args.append_eos,
+            ),
             functools.partial(pair_batch, pad_id=setup.pad_id(start.tokenizer)),
             max_length=start.max_length,
         )

@@ -182,6 +182,15 @@ def test_reward_text_of_a_tokenizer_without_eos_is_left_alone(fresh_tokenizer: A
     assert fresh_tokenizer.decode(row["chosen"]) == "The sky"
 
 
+def test_reward_text_may_be_left_cut_off(tokenizer: Any) -> None:
+    pair = [{"chosen": "The sky", "rejected": "b"}]
+    (ended,), (open_end,) = (
+        reward_rows(pair, tokenizer, max_length=None, append_eos=eos) for eos in (True, False)
+    )
+    assert tokenizer.decode(open_end["chosen"]) == "The sky"
+    assert ended["chosen"].tolist() == [*open_end["chosen"].tolist(), tokenizer.eos_token_id]
+
+
 def test_margins_and_tokenized_pairs_pass_through(tokenizer: Any) -> None:
     rows = [{"chosen_ids": [1, 2], "rejected_ids": [3], "margin": 2}]
     (row,) = reward_rows(rows, tokenizer, max_length=None)

@@ -85,9 +85,9 @@ def test_training_texts_are_cut_at_one_length_and_the_judge_reads_on() -> None:
     files = data.split(rows, seed=0, sizes=SMALL)
     assert all(len(row["prompt"].split()) == data.PROMPT_WORDS for row in files["prompts"])
     texts = [row["text"] for row in files["sft"]]
-    texts += [row[side] for row in files["pairs"] for side in ("chosen", "rejected")]
-    for text in texts:
-        assert len(text.split()) == data.TEXT_WORDS
+    assert {len(text.split()) for text in texts} == {data.TEXT_WORDS}
+    sides = [row[side] for row in files["pairs"] for side in ("chosen", "rejected")]
+    assert {len(text.split()) for text in sides} == {data.PAIR_WORDS}
     assert all(row["text"].endswith(". the end") for row in files["judge"])
 
 
