@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, GenerateConfig, verb="generate")
     if (cfg.prompt is None) == (cfg.dataset_name is None):
         raise ConfigError("jrlhf generate needs one of --prompt and --dataset_name.")
+    if cfg.chat and cfg.prompt is None:
+        raise ConfigError("--chat goes with --prompt: a dataset's messages are chats already.")
     from jrlhf.auto import AutoModelForCausalLM
     from jrlhf.data.sources import load_rows
     from jrlhf.data.tokenize import prompt_rows

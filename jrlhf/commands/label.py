@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jrlhf.commands.arguments import parse
 from jrlhf.config import config
+from jrlhf.errors import ConfigError
 
 
 @config
@@ -44,6 +45,8 @@ class LabelConfig:
 
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, LabelConfig, verb="label")
+    if cfg.num_generations < 2:
+        raise ConfigError(f"num_generations={cfg.num_generations}: a pair needs at least 2.")
     from jrlhf.auto import AutoModelForCausalLM
     from jrlhf.data.encode import Encoder
     from jrlhf.data.sources import load_rows

@@ -27,6 +27,11 @@ def datasets(script: ScriptArguments, config: Any) -> tuple[Any, Any]:
     """The training set, and the evaluation set where the config evaluates."""
     from jrlhf.data.sources import load_rows
 
+    if script.eval_dataset_name is not None and config.eval_strategy == "no":
+        raise ConfigError(
+            f"eval_dataset_name={script.eval_dataset_name!r} is never read with eval_strategy='no':"
+            " write eval_strategy: epoch (or steps)."
+        )
     train = load_rows(
         script.dataset_name,
         split=script.dataset_train_split,
