@@ -60,6 +60,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"response_length": 4},
     "grpo": {"num_generations": 2, "max_completion_length": 4},
 }
+# Turns without a word between them.
+PLAIN_CHAT = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 
 
 def words(*numbers: int) -> str:
@@ -91,6 +93,7 @@ class Bench:
     def __init__(self, directory: Path) -> None:
         self.path = str(directory / "tiny")
         self.tokenizer = word_tokenizer([f"w{i}" for i in range(3, VOCAB)])
+        self.tokenizer.chat_template = PLAIN_CHAT
         mesh = make_mesh("data=1", devices=jax.devices()[:1])
         made = AutoModelForCausalLM.from_config(CONFIG, mesh=mesh, tokenizer=self.tokenizer)
         made.save_pretrained(self.path, tokenizer=self.tokenizer)
