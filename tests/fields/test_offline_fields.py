@@ -188,6 +188,17 @@ def dpo_max_length(bench: Bench) -> None:
     assert sorted(map(tuple, cut)) == sorted(map(tuple, np.minimum(natural, 4)))
 
 
+def dpo_truncation_mode(bench: Bench) -> None:
+    # Five words of prompt, answers of two words and of one, and EOS: 8 and 7 tokens, cut to 4.
+    row = {"prompt": words(*range(5)), "chosen": " " + words(9, 8), "rejected": " " + words(7)}
+    with pytest.raises(EmptyDatasetError):
+        everything(bench, "dpo", [row], max_length=4, truncation_mode="keep_start")
+    batch = everything(bench, "dpo", [row], max_length=4, truncation_mode="keep_end")
+    texts = [bench.tokenizer.decode(ids[:4]) for ids in batch["ids"][0]]
+    assert texts == [words(4, 9, 8) + " </s>", words(3, 4, 7) + " </s>"]
+    assert batch["mask"][0, :, :4].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
+
+
 def dpo_loss(bench: Bench, **fields: Any) -> tuple[float, np.ndarray]:
     """The loss of two pairs, and their log-ratios (chosen - rejected) in float64."""
     draw = np.random.default_rng(0)
@@ -249,6 +260,7 @@ TABLES: dict[str, dict[str, Check]] = {
         "loss_type": dpo_loss_type,
         "label_smoothing": dpo_label_smoothing,
         "max_length": dpo_max_length,
+        "truncation_mode": dpo_truncation_mode,
     },
 }
 CASES = [(face, field) for face, table in TABLES.items() for field in table]
