@@ -204,15 +204,18 @@ class Model:
             max_shard_size=max_shard_size,
         )
 
-    def respec(self, **changes: Any) -> Model:
-        """The same weights under a spec that differs in dtype, remat, trunk or value head."""
+    def respec(self, *, seed: int = 0, **changes: Any) -> Model:
+        """The same weights under a spec that differs in dtype, remat, trunk or value head.
+
+        A value head that is new is drawn with `seed`.
+        """
         spec = self.net.spec.replace(**changes)
         if spec == self.net.spec:
             return self
         net = Net(spec)
         params = _restack(self.params, spec.trunk_layers)
         if spec.value_head and "value" not in params:
-            params["value"] = jax.jit(lambda key: net.init(key)["value"])(jax.random.key(0))
+            params["value"] = jax.jit(lambda key: net.init(key)["value"])(jax.random.key(seed))
         if not spec.value_head:
             params.pop("value", None)
         if self.mesh is not None:

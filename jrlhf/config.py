@@ -82,11 +82,12 @@ class TrainingConfig:
         report_to: "tensorboard", "wandb", a list of them, or None ("none") for metrics.jsonl alone.
         run_name: name of the run in W&B.
         logging_dir: directory of TensorBoard's files; None: `output_dir/runs`.
-        dataloader_drop_last: drop the last short batch instead of padding it with empty rows.
-        pad_to_multiple_of: sequence lengths are rounded up to this.
+        dataloader_drop_last: drop the last short batch instead of padding it with empty rows (PPO,
+            GRPO: instead of filling the last rollout with prompts of the next epoch).
+        pad_to_multiple_of: sequence lengths are rounded up to this (PPO, GRPO: those of prompts).
         disable_tqdm: True prints plain lines; None: a bar on a terminal, lines elsewhere.
         resume_from_checkpoint: True (the newest), or a checkpoint's path.
-        model_init_kwargs: arguments of `from_pretrained` when the model is given by name.
+        model_init_kwargs: arguments of `from_pretrained`; the model must be given by name.
         push_to_hub: only False is supported.
     """
 
@@ -144,6 +145,8 @@ class TrainingConfig:
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             _check(getattr(self, name) >= 0, self, name, "must not be negative")
         _check(0 <= self.warmup_ratio <= 1, self, "warmup_ratio", "must lie in [0, 1]")
+        _check(self.eval_steps is None or self.eval_steps >= 1, self, "eval_steps",
+               "must be at least 1")  # fmt: skip
         _check(self.max_steps > 0 or self.num_train_epochs > 0, self, "num_train_epochs",
                "must be positive unless max_steps is")  # fmt: skip
         if self.push_to_hub:
@@ -155,6 +158,25 @@ class TrainingConfig:
 def _check(ok: bool, owner: Any, name: str, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{type(owner).__name__}.{name} {rule}, got {getattr(owner, name)!r}.")
+
+
+def refuse_changed(cfg: Any, reasons: Mapping[str, str]) -> None:
+    """Refuses shared fields that mean nothing to this config, unless they have their defaults.
+
+    Args:
+        cfg: a config.
+        reasons: field -> what to do instead.
+
+    Raises:
+        UnsupportedFieldError: one of them was changed.
+    """
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in reasons and value != field.default:
+            raise UnsupportedFieldError(
+                f"{type(cfg).__name__}.{field.name}={value!r} is not supported: "
+                f"{reasons[field.name]}."
+            )
 
 
 def config(cls: type[T]) -> type[T]:

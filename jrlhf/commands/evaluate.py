@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from jrlhf.commands.arguments import parse
 from jrlhf.config import config
@@ -62,13 +61,16 @@ def main(argv: list[str]) -> int:
     from jrlhf.commands.scoring import policy_arm
     from jrlhf.data.encode import Encoder
     from jrlhf.data.sources import load_rows
+    from jrlhf.sharding.mesh import make_mesh
+    from jrlhf.trainers.online import reward_model
 
+    mesh = make_mesh(cfg.mesh)
     judges = report.sentiment_judges(cfg.judge_rows, calibrate_words=cfg.judge_words)
     print("  judges: fitted", flush=True)
     prompts = [row["prompt"] for row in load_rows(cfg.prompts, name="prompts")]
     dtype = "bfloat16" if cfg.bf16 else "float32"
     before, after = (
-        AutoModelForCausalLM.from_pretrained(name, mesh=cfg.mesh, dtype=dtype)
+        AutoModelForCausalLM.from_pretrained(name, mesh=mesh, dtype=dtype)
         for name in (cfg.before, cfg.after)
     )
     encoder = Encoder(before.tokenizer)
@@ -77,7 +79,9 @@ def main(argv: list[str]) -> int:
     if cfg.texts is not None:
         raw = [row["text"] for row in load_rows(cfg.texts, name="texts")]
         texts = [row.tolist()[: cfg.max_length] for row in encoder.texts(raw, eos=True)]
-    scorer = _reward(cfg, before.tokenizer, dtype)
+    scorer = reward_model(
+        cfg.reward_model_path, before.tokenizer, mesh=mesh, rows=cfg.rows, dtype=dtype
+    )
     arms = [
         policy_arm(name, model, before, cfg, ids, texts, scorer)
         for name, model in (("before", before), ("after", after))
@@ -100,12 +104,3 @@ def main(argv: list[str]) -> int:
 def _name(path: str) -> str:
     parts = Path(path).parts
     return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
-
-
-def _reward(cfg: EvaluateConfig, tokenizer: Any, dtype: str) -> Any:
-    from jrlhf.sharding.mesh import make_mesh
-    from jrlhf.trainers.online import reward_model
-
-    return reward_model(
-        cfg.reward_model_path, tokenizer, mesh=make_mesh(cfg.mesh), rows=cfg.rows, dtype=dtype
-    )

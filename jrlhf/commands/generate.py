@@ -54,46 +54,66 @@ class GenerateConfig:
     SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
 
 
-def main(argv: list[str]) -> int:
-    (cfg,) = parse(argv, GenerateConfig, verb="generate")
+def rows_of(cfg: GenerateConfig) -> Any:
+    """The prompts as a dataset."""
+    from jrlhf.data.sources import load_rows
+
     if (cfg.prompt is None) == (cfg.dataset_name is None):
         raise ConfigError("jrlhf generate needs one of --prompt and --dataset_name.")
-    from jrlhf.auto import AutoModelForCausalLM
-    from jrlhf.data.sources import load_rows
-    from jrlhf.data.tokenize import prompt_rows
-    from jrlhf.rollout.engine import Engine
-    from jrlhf.rollout.sampling import SamplingParams
-    from jrlhf.sharding.mesh import make_mesh
-    from jrlhf.trainers import online, setup
-
+    if cfg.chat and cfg.prompt is None:
+        raise ConfigError("--chat goes with --prompt: a dataset's messages are chats already.")
+    if cfg.dataset_name is not None:
+        return load_rows(cfg.dataset_name)
     turn = [{"role": "user", "content": cfg.prompt}] if cfg.chat else cfg.prompt
-    rows = load_rows([{"prompt": turn}] if cfg.dataset_name is None else cfg.dataset_name)
-    model = AutoModelForCausalLM.from_pretrained(
+    return load_rows([{"prompt": turn}])
+
+
+def load(cfg: GenerateConfig) -> Any:
+    """The model, on the mesh."""
+    from jrlhf.auto import AutoModelForCausalLM
+    from jrlhf.sharding.mesh import make_mesh
+
+    return AutoModelForCausalLM.from_pretrained(
         cfg.model_name_or_path, mesh=make_mesh(cfg.mesh), dtype=cfg.dtype
     )
+
+
+def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
+    """The engine for `count` prompts."""
+    from jrlhf.rollout.engine import Engine
+    from jrlhf.rollout.sampling import SamplingParams
+    from jrlhf.trainers import online, setup
+
     tokenizer = model.tokenizer
-    room = model.net.spec.max_position_embeddings - cfg.max_new_tokens
-    prompts: Any = prompt_rows(rows, tokenizer, max_prompt_length=room)
     sampling = SamplingParams(
         max_new_tokens=cfg.max_new_tokens, do_sample=cfg.do_sample, temperature=cfg.temperature,
         top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
         eos_token_ids=tuple(online.eos_ids(model, tokenizer)), pad_token_id=setup.pad_id(tokenizer),
     )  # fmt: skip
-    engine = Engine(
-        model.net, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, len(prompts)),
+    return Engine(
+        model.net, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, count),
         stop_strings=cfg.stop_strings or (),
     )  # fmt: skip
-    done = engine.generate(
+
+
+def main(argv: list[str]) -> int:
+    (cfg,) = parse(argv, GenerateConfig, verb="generate")
+    rows = rows_of(cfg)
+    from jrlhf.data.tokenize import prompt_rows
+
+    model = load(cfg)
+    room = model.net.spec.max_position_embeddings - cfg.max_new_tokens
+    prompts: Any = prompt_rows(rows, model.tokenizer, max_prompt_length=room)
+    done = sampler(cfg, model, count=len(prompts)).generate(
         model.params, [row["ids"].tolist() for row in prompts], seed=cfg.seed, role="generate"
     )
+    if cfg.output is None:
+        print(*(completion.text for completion in done), sep="\n")
+        return 0
     pairs = [
         {"prompt": row["prompt"], "completion": c.text}
         for row, c in zip(prompts, done, strict=True)
     ]
-    if cfg.output is None:
-        for pair in pairs:
-            print(pair["completion"])
-        return 0
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     Path(cfg.output).write_text(lines, encoding="utf-8")
     print(f"Wrote {len(pairs)} completions to {cfg.output}.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from jrlhf.commands.arguments import parse
 from jrlhf.config import config
+from jrlhf.errors import ConfigError
 
 
 @config
@@ -42,29 +44,36 @@ class LabelConfig:
     bf16: bool = False
 
 
-def main(argv: list[str]) -> int:
-    (cfg,) = parse(argv, LabelConfig, verb="label")
+def parts(cfg: LabelConfig) -> tuple[Any, Any, Any]:
+    """The policy, its sampler and the judge."""
     from jrlhf.auto import AutoModelForCausalLM
-    from jrlhf.commands.scoring import say_sampled
-    from jrlhf.data.encode import Encoder
-    from jrlhf.data.sources import load_rows
     from jrlhf.sharding.mesh import make_mesh
     from jrlhf.trainers import online
 
-    prompts = [row["prompt"] for row in load_rows(cfg.dataset_name)][: cfg.max_prompts]
-    dtype = "bfloat16" if cfg.bf16 else "float32"
-    mesh = make_mesh(cfg.mesh)
+    mesh, dtype = make_mesh(cfg.mesh), "bfloat16" if cfg.bf16 else "float32"
     model = AutoModelForCausalLM.from_pretrained(cfg.model_name_or_path, mesh=mesh, dtype=dtype)
-    tokenizer = model.tokenizer
     engine = online.make_engine(
-        model, tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-        eos_token_ids=online.eos_ids(model, tokenizer), rows=cfg.rows,
+        model, model.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+        eos_token_ids=online.eos_ids(model, model.tokenizer), rows=cfg.rows,
     )  # fmt: skip
     judge = online.reward_model(
-        cfg.reward_model_path, tokenizer, mesh=mesh, rows=cfg.rows, dtype=dtype
+        cfg.reward_model_path, model.tokenizer, mesh=mesh, rows=cfg.rows, dtype=dtype
     )
+    return model, engine, judge
+
+
+def main(argv: list[str]) -> int:
+    (cfg,) = parse(argv, LabelConfig, verb="label")
+    if cfg.num_generations < 2:
+        raise ConfigError(f"num_generations={cfg.num_generations}: a pair needs at least 2.")
+    from jrlhf.commands.scoring import say_sampled
+    from jrlhf.data.encode import Encoder
+    from jrlhf.data.sources import load_rows
+
+    prompts = [row["prompt"] for row in load_rows(cfg.dataset_name)][: cfg.max_prompts]
+    model, engine, judge = parts(cfg)
     group = cfg.num_generations
-    ids = [row.tolist() for row in Encoder(tokenizer).texts(prompts) for _ in range(group)]
+    ids = [row.tolist() for row in Encoder(model.tokenizer).texts(prompts) for _ in range(group)]
     done = engine.generate(
         model.params, ids, seed=cfg.seed, role="label", progress=say_sampled("policy")
     )

@@ -27,6 +27,11 @@ def datasets(script: ScriptArguments, config: Any) -> tuple[Any, Any]:
     """The training set, and the evaluation set where the config evaluates."""
     from jrlhf.data.sources import load_rows
 
+    if script.eval_dataset_name is not None and config.eval_strategy == "no":
+        raise ConfigError(
+            f"eval_dataset_name={script.eval_dataset_name!r} is never read with eval_strategy='no':"
+            " write eval_strategy: epoch (or steps)."
+        )
     train = load_rows(
         script.dataset_name,
         split=script.dataset_train_split,
@@ -35,9 +40,22 @@ def datasets(script: ScriptArguments, config: Any) -> tuple[Any, Any]:
     )
     if config.eval_strategy == "no":
         return train, None
-    source = script.eval_dataset_name or script.dataset_name
-    split = script.dataset_test_split
-    return train, load_rows(source, split=split, name="eval", config=script.dataset_config)
+    if script.eval_dataset_name is not None:
+        return train, load_rows(
+            script.eval_dataset_name, split=script.dataset_test_split, name="eval"
+        )
+    if Path(str(script.dataset_name)).is_file() and "[" not in script.dataset_test_split:
+        raise ConfigError(
+            f"{script.dataset_name} is a single file, so there is nothing else to evaluate on: set "
+            "eval_dataset_name, or slices such as dataset_train_split='train[:90%]' and "
+            "dataset_test_split='train[90%:]'."
+        )
+    return train, load_rows(
+        script.dataset_name,
+        split=script.dataset_test_split,
+        name="eval",
+        config=script.dataset_config,
+    )
 
 
 def start() -> None:

@@ -72,9 +72,9 @@ def pair_batch(rows: Sequence[TokenRow], size: int, *, length: int, pad_id: int 
     """
     ids = np.full((size, 2, length), pad_id, np.int32)
     lengths = np.zeros((size, 2), np.int32)
-    prompts = np.zeros((size, 1, 1), np.int32)
+    prompts = np.zeros((size, 2, 1), np.int32)
     for number, row in enumerate(_fitting(rows, size)):
-        prompts[number] = row["prompt_length"]
+        prompts[number, :, 0] = row["prompt_length"]  # one number, or one per side
         for side, key in enumerate(("chosen", "rejected")):
             lengths[number, side] = _write(ids[number, side], row[key])
     at = np.arange(length)

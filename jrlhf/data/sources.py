@@ -46,7 +46,7 @@ def load_rows(
             .arrow, .txt, also .gz) or directory, a Dataset, IterableDataset or DatasetDict, a list
             of dicts or a dict of columns.
         split: which split of a hub name, directory or DatasetDict; a single file has only one.
-        config: the configuration of a hub dataset that has several.
+        config: the configuration of a hub dataset, or of a directory with a card, that has several.
         streaming: read rows as they are needed.
         name: what messages call it.
 
@@ -128,9 +128,11 @@ def file_type(path: Path) -> str | None:
 def _by_name(source: str, split: str, config: str | None, streaming: bool) -> Any:
     path = Path(source).expanduser()
     if path.is_file():
+        if config is not None:
+            raise ConfigError(f"{source} is a single file and has no configuration {config!r}.")
         return _local_file(path, split, streaming)
     if path.is_dir():
-        return _local_directory(path, split, streaming)
+        return _local_directory(path, split, config, streaming)
     if file_type(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise MissingFileError(f"No such dataset file or directory: {source}.{_nearest(path)}")
     return _read(source, config, what=source, split=split, streaming=streaming)
@@ -150,15 +152,17 @@ def _local_file(path: Path, split: str, streaming: bool) -> Any:
     return _read(reader, None, what=str(path), split=part, streaming=streaming, **options)
 
 
-def _local_directory(path: Path, split: str, streaming: bool) -> Any:
+def _local_directory(path: Path, split: str, config: str | None, streaming: bool) -> Any:
     import datasets
 
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if config is not None:
+            raise ConfigError(f"{path} was saved to disk and has no configuration {config!r}.")
         saved = datasets.load_from_disk(str(path))
         return _split_of(saved, split, str(path)) if isinstance(saved, Mapping) else saved
     if not any(file_type(file) for file in path.rglob("*") if file.is_file()):
         raise MissingFileError(f"{path} holds no dataset file ({', '.join(READERS)}).")
-    return _read(str(path), None, what=str(path), split=split, streaming=streaming)
+    return _read(str(path), config, what=str(path), split=split, streaming=streaming)
 
 
 def _read(

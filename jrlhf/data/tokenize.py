@@ -184,6 +184,7 @@ def preference_rows(
     tokenizer: Any,
     *,
     max_length: int | None,
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start",
     name: str = "train",
 ) -> Rows | RowStream:
     """Tokenizes preference pairs with a prompt, given or extracted (DPO).
@@ -191,11 +192,13 @@ def preference_rows(
     Args:
         dataset: rows of (prompt,) chosen, rejected; text or messages.
         tokenizer: a transformers tokenizer, or an `Encoder` with options.
-        max_length: prompt and answer are cut there; pairs whose prompt alone fills it are dropped.
+        max_length: prompt and answer together are cut to this.
+        truncation_mode: "keep_start" cuts at the end, and drops pairs whose prompt alone fills
+            `max_length`; "keep_end" cuts at the beginning, each side by what it is too long.
         name: the dataset's name in messages.
 
     Returns:
-        Rows of chosen and rejected (each prompt and answer), prompt_length.
+        Rows of chosen and rejected (each prompt and answer), prompt_length (of both, or of each).
     """
     require_columns(first_row(dataset, name), [("chosen", "rejected")], name=name)
     encoder = as_encoder(tokenizer)
@@ -207,7 +210,11 @@ def preference_rows(
         for prompt, good, bad in zip(*parts, strict=True):
             begin = min(common_prefix(prompt, good), common_prefix(prompt, bad))
             counts[MERGED] += begin < len(prompt)
-            if max_length is not None and begin >= max_length:
+            if max_length is not None and truncation_mode == "keep_end":
+                left = [max(0, begin - max(0, len(ids) - max_length)) for ids in (good, bad)]
+                good, bad = good[-max_length:], bad[-max_length:]
+                yield {"chosen": good, "rejected": bad, "prompt_length": left}
+            elif max_length is not None and begin >= max_length:
                 counts[PROMPT_FILLS] += 1
             else:
                 good, bad = good[:max_length], bad[:max_length]

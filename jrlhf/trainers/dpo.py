@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jrlhf.algos.dpo import DPO
 from jrlhf.config import TrainingConfig, config
@@ -23,11 +23,13 @@ class DPOConfig(DPO, TrainingConfig):
     """Fields of DPO, by TRL's names.
 
     Attributes:
-        max_length: prompt and answer are cut there, at their end.
+        max_length: prompt and answer together are cut to this; None: the model's context.
+        truncation_mode: "keep_start" cuts their end, "keep_end" their beginning.
     """
 
     learning_rate: float = 1e-6
     max_length: int | None = 1024
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
 
     REFUSED = {
         "rpo_alpha": "mixtures of losses are not supported",
@@ -76,7 +78,12 @@ class DPOTrainer(Trainer):
         self._data = OfflineData(
             start.args,
             start.mesh,
-            functools.partial(preference_rows, tokenizer=start.tokenizer, max_length=longest),
+            functools.partial(
+                preference_rows,
+                tokenizer=start.tokenizer,
+                max_length=longest,
+                truncation_mode=start.args.truncation_mode,
+            ),
             functools.partial(pair_batch, pad_id=setup.pad_id(start.tokenizer)),
             max_length=longest,
             annotate=self._with_reference,

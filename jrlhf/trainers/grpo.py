@@ -47,17 +47,16 @@ class GRPOTrainer(Trainer):
         self.args, self.processing_class = start.args, start.tokenizer
         args, mesh = start.args, start.mesh
         rewards = setup.need(start.given["reward_funcs"], "GRPOTrainer", "reward_funcs")
-        if args.use_vllm:
+        if args.of_vllm:
             setup.say_once(
-                "use_vllm=True: jrlhf samples with its own engine in the training process; the "
-                "other vllm_* fields change nothing."
+                f"{', '.join(args.of_vllm)}: jrlhf samples with its own engine in the training "
+                "process; vllm_* fields change nothing."
             )
         plan = args.plan(data_shards(mesh), prompt_length=1)
         prompts = online.Prompts(
             start,
             count=plan.rows // plan.group,
             max_new_tokens=args.max_completion_length,
-            overlong=args.overlong_prompts,
             shuffle=args.shuffle_dataset,
         )
         plan = dataclasses.replace(plan, prompt_length=prompts.length)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from jrlhf.algos.grpo import GRPO
 from jrlhf.config import TrainingConfig, config
 from jrlhf.errors import ConfigError, UnsupportedFieldError
 from jrlhf.rollout.collect import Plan
+from jrlhf.trainers import online_config
 
 
 @config
@@ -32,8 +34,8 @@ class GRPOConfig(GRPO, TrainingConfig):
         num_completions_to_print: so many.
         use_vllm: chooses the in-process engine, as False does; said once.
         vllm_mode: only "colocate": sampler and learner share the devices by design.
-        vllm_tensor_parallel_size: the mesh's tensor axis decides; said once.
-        vllm_gpu_memory_utilization: the cache is sized to the rollout; said once.
+        vllm_tensor_parallel_size: changes nothing, and that is said once: the mesh decides.
+        vllm_gpu_memory_utilization: the same: the cache is sized to the rollout.
     """
 
     learning_rate: float = 1e-6
@@ -57,6 +59,7 @@ class GRPOConfig(GRPO, TrainingConfig):
     vllm_gpu_memory_utilization: float = 0.3
 
     def __post_init__(self) -> None:
+        online_config.check(self, "num_iterations", "steps_per_generation", "generation_batch_size")
         if self.vllm_mode == "server":
             raise UnsupportedFieldError(
                 "GRPOConfig.vllm_mode='server' is not supported: jrlhf samples in the training "
@@ -88,6 +91,12 @@ class GRPOConfig(GRPO, TrainingConfig):
             prompt_length=prompt_length,
             seed=self.seed,
         )
+
+    @property
+    def of_vllm(self) -> list[str]:
+        """The fields that ask for vLLM and do not have their defaults."""
+        fields = (f for f in dataclasses.fields(self) if "vllm" in f.name)
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
 
     def total_steps(self, plan: Plan, *, rollouts_per_epoch: int) -> int:
         """Optimizer steps of the run."""

@@ -16,6 +16,7 @@ from jrlhf.data.rows import RowStream
 from jrlhf.data.sources import load_rows
 from jrlhf.data.tokenize import prompt_rows
 from jrlhf.errors import ConfigError, PromptTooLongError
+from jrlhf.rollout.devices import round_up
 from jrlhf.rollout.engine import Engine, bucket
 from jrlhf.rollout.reward_model import RewardModel
 from jrlhf.rollout.rewards import RewardSuite
@@ -41,7 +42,6 @@ class Prompts:
         *,
         count: int,
         max_new_tokens: int,
-        overlong: str,
         shuffle: bool = True,
     ) -> None:
         """Loads and tokenizes.
@@ -51,19 +51,19 @@ class Prompts:
                 input_ids.
             count: prompts per rollout.
             max_new_tokens: longest completion that is asked for.
-            overlong: what to do with prompts beyond the config's max_prompt_length (None: what the
-                context leaves): "error", "drop" or "truncate" (keeps the end).
             shuffle: another order each epoch.
 
         Raises:
-            PromptTooLongError: a prompt that is overlong, with "error".
+            PromptTooLongError: a prompt beyond max_prompt_length (None: what the context leaves),
+                with overlong_prompts="error".
         """
-        context, wanted = start.context, start.args.max_prompt_length
+        args, context = start.args, start.context
+        wanted = args.max_prompt_length
         rows = prompt_rows(
             load_rows(start.given["train_dataset"]),
             start.tokenizer,
             max_prompt_length=context - 1 if wanted is None else min(wanted, context - 1),
-            overlong=overlong,  # type: ignore[arg-type]
+            overlong=args.overlong_prompts,
         )
         if isinstance(rows, RowStream):
             raise ConfigError("Prompts cannot be streamed yet: pass a map-style dataset.")
@@ -76,12 +76,13 @@ class Prompts:
                 "up to %d.", self.room, max_new_tokens, context, longest,
             )  # fmt: skip
         self.room = min(self.room, max_new_tokens)
-        self.length = min(bucket(longest), context - self.room)
+        width = round_up(bucket(longest), args.pad_to_multiple_of)
+        self.length = min(width, context - self.room)
         if self.length < longest:
             raise PromptTooLongError(f"A prompt has {longest} tokens, the context {context}.")
-        self._order = Order(
-            len(rows), batch_size=count, seed=start.data_seed, shuffle=shuffle, wrap=True
-        )
+        drop = args.dataloader_drop_last  # else an epoch's last rollout begins the next epoch
+        self._order = Order(len(rows), batch_size=count, seed=start.data_seed, shuffle=shuffle,
+                            drop_last=drop, wrap=not drop)  # fmt: skip
         self.per_epoch = self._order.steps_per_epoch
 
     def __call__(self, rollout: int) -> Sequence[Mapping[str, Any]]:

@@ -53,12 +53,7 @@ class PPOTrainer(Trainer):
         rewards = setup.need(rewards, "PPOTrainer", "a reward_model")
         plan = args.plan(data_shards(mesh), prompt_length=1)
         check_batch(plan.batch_rows, mesh, accumulate=args.gradient_accumulation_steps)
-        prompts = online.Prompts(
-            start,
-            count=plan.rows,
-            max_new_tokens=args.response_length,
-            overlong=args.overlong_prompts,
-        )
+        prompts = online.Prompts(start, count=plan.rows, max_new_tokens=args.response_length)
         plan = dataclasses.replace(plan, prompt_length=prompts.length)
         own_value = isinstance(start.model, Model) and start.model.net.spec.value_head
         self._export_value = own_value

@@ -8,6 +8,7 @@ from jrlhf.algos.ppo import PPO
 from jrlhf.config import TrainingConfig, config
 from jrlhf.errors import ConfigError
 from jrlhf.rollout.collect import Plan
+from jrlhf.trainers import online_config
 
 
 @config
@@ -63,6 +64,10 @@ class PPOConfig(PPO, TrainingConfig):
     }
 
     def __post_init__(self) -> None:
+        online_config.check(
+            self, "num_ppo_epochs", "num_mini_batches", "batch_size", "mini_batch_size",
+            "total_episodes", "response_length",
+        )  # fmt: skip
         if self.batch_size is not None and self.mini_batch_size is not None:
             if self.batch_size % self.mini_batch_size:
                 raise ConfigError(
@@ -70,6 +75,12 @@ class PPOConfig(PPO, TrainingConfig):
                     f"mini_batch_size={self.mini_batch_size}."
                 )
             count = self.batch_size // self.mini_batch_size
+            if self.num_mini_batches not in (1, count):
+                raise ConfigError(
+                    f"PPOConfig: batch_size={self.batch_size} and mini_batch_size="
+                    f"{self.mini_batch_size} make {count} mini-batches, num_mini_batches="
+                    f"{self.num_mini_batches} says otherwise; leave one of them out."
+                )
             object.__setattr__(self, "num_mini_batches", count)
         elif self.mini_batch_size is not None:
             raise ConfigError("PPOConfig.mini_batch_size needs batch_size.")

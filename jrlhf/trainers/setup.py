@@ -114,7 +114,8 @@ class Start(NamedTuple):
     @property
     def max_length(self) -> int:
         """The config's max_length within the context."""
-        return min(self.args.max_length or self.context, self.context)
+        asked = self.args.max_length
+        return self.context if asked is None else min(asked, self.context)
 
     @property
     def data_seed(self) -> int:
@@ -130,6 +131,7 @@ def start(
     model = need(given["model"] or fallback, face, "a model")
     need(given["train_dataset"], face, "a train_dataset")
     args = named_output(given["args"], model, kind)
+    _check_init_kwargs(args, model, face)
     use_compile_cache()
     return Start(
         args,
@@ -139,6 +141,17 @@ def start(
         context_length(model),
         given,
     )
+
+
+def _check_init_kwargs(args: TrainingConfig, model: Any, face: str) -> None:
+    given = args.model_init_kwargs or {}
+    if given and isinstance(model, Model):
+        raise ConfigError(
+            f"{face}: model_init_kwargs={given!r} belongs to a model that is given by name; this "
+            "one is loaded already: give them to its from_pretrained."
+        )
+    if "mesh" in given:
+        raise ConfigError(f"{face}: model_init_kwargs cannot hold 'mesh'; use the config's mesh.")
 
 
 def need(value: Any, face: str, name: str) -> Any:
@@ -241,6 +254,7 @@ def open_model(
         remat=remat_policy(args),
         trunk_layers=_trunk(args, spec),
         value_head=value_head or spec.value_head,
+        seed=args.seed,
     )
 
 

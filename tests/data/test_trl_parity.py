@@ -121,12 +121,10 @@ def test_tokenized_rows_equal_trl(tokenizer: Any) -> None:
     check_sft([{"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}], tokenizer)
 
 
-def trl_dpo(rows: list, tokenizer: Any, max_length: int | None) -> list[dict]:
+def trl_dpo(rows: list, tokenizer: Any, max_length: int | None, mode: str) -> list[dict]:
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    args = SimpleNamespace(
-        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
-    )
+    args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode=mode)
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     dataset = datasets.Dataset.from_list(rows)
     return list(DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "train"))
@@ -135,8 +133,9 @@ def trl_dpo(rows: list, tokenizer: Any, max_length: int | None) -> list[dict]:
 @pytest.mark.parametrize("rows", [PAIRS, PAIR_TALKS, IMPLICIT_TALKS])
 @pytest.mark.parametrize("max_length", [None, 8, 60])
 @pytest.mark.parametrize("kind", ["tokenizer", "bos_tokenizer"])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_preference_rows_and_their_batch_equal_trl(
-    rows: list, max_length: int | None, kind: str, request: pytest.FixtureRequest
+    rows: list, max_length: int | None, kind: str, mode: Any, request: pytest.FixtureRequest
 ) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -144,13 +143,14 @@ def test_preference_rows_and_their_batch_equal_trl(
     from jrlhf.errors import EmptyDatasetError
 
     tokenizer = request.getfixturevalue(kind)
-    theirs = trl_dpo(rows, tokenizer, max_length)
+    theirs = trl_dpo(rows, tokenizer, max_length, mode)
     if not theirs:
         with pytest.raises(EmptyDatasetError):
-            preference_rows(rows, tokenizer, max_length=max_length)
+            preference_rows(rows, tokenizer, max_length=max_length, truncation_mode=mode)
         return
-    ours = preference_rows(rows, tokenizer, max_length=max_length)
-    batch = DataCollatorForPreference(pad_token_id=0, max_length=max_length)(theirs)
+    ours = preference_rows(rows, tokenizer, max_length=max_length, truncation_mode=mode)
+    collate = DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)
+    batch = collate(theirs)
     length = batch["input_ids"].shape[1]
     mine = pair_batch(ours, len(theirs), length=length)
     for side in (0, 1):

@@ -21,9 +21,8 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def glassllm(repository: Path) -> str:
-    """The path of a real small model; skips with the reason where it cannot be had."""
+def asset(repository: Path, name: str) -> str:
+    """The path of one of the real models; skips with the reason where it cannot be had."""
     spec = importlib.util.spec_from_file_location("assets", repository / "scripts" / "assets.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,9 +30,21 @@ def glassllm(repository: Path) -> str:
     sys.modules["assets"] = assets
     spec.loader.exec_module(assets)
     try:
-        return str(assets.fetch("glassllm"))
+        return str(assets.fetch(name))
     except assets.AssetError as error:
-        pytest.skip(f"the model glassllm cannot be had here: {error}")
+        pytest.skip(f"the model {name} cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def glassllm(repository: Path) -> str:
+    """A real small model."""
+    return asset(repository, "glassllm")
+
+
+@pytest.fixture(scope="session")
+def smollm2(repository: Path) -> str:
+    """SmolLM2-135M-Instruct."""
+    return asset(repository, "smollm2")
 
 
 @pytest.fixture
