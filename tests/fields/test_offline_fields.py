@@ -172,6 +172,12 @@ def reward_max_length(bench: Bench) -> None:
     assert max(len(row["chosen"]) for row in kept) == 5
 
 
+def reward_append_eos(bench: Bench) -> None:
+    ended = first_rows(bench.trainer("reward"))[0]
+    cut_off = first_rows(bench.trainer("reward", append_eos=False))[0]
+    assert len(ended) == len(cut_off) + 1
+
+
 def reward_chat_template_path(bench: Bench) -> None:
     rows = [{"chosen": turns(words(1), words(2)), "rejected": turns(words(1), words(3))}] * 2
     ids = first_rows(bench.trainer("reward", data=rows, chat_template_path=template()))[0]
@@ -252,6 +258,7 @@ TABLES: dict[str, dict[str, Check]] = {
     },
     "reward": {
         "center_rewards_coefficient": reward_center_rewards_coefficient,
+        "append_eos": reward_append_eos,
         "max_length": reward_max_length,
         "chat_template_path": reward_chat_template_path,
     },
