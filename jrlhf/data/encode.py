@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jrlhf.data.guard import Guard, Span
-from jrlhf.data.templates import Chat, Rendered, render, require_generation, template_of
+from jrlhf.data.templates import Chat, Rendered, render, template_of
 from jrlhf.errors import TokenizerError
 
 Ids = np.ndarray
@@ -86,10 +86,8 @@ class Encoder:
         """Encodes conversations together with a 0/1 mask of the tokens that the assistant wrote.
 
         Raises:
-            TokenizerError: the template does not mark them with {% generation %}.
+            TokenizerError: the template does not tell which they are; see `templates.render`.
         """
-        if chats:
-            require_generation(template_of(self.tokenizer, self.chat_template, chats[0].tools))
         ids, masks = self._chats(chats, None, None, True, where)
         return [
             (np.asarray(row, np.int32), mask) for row, mask in zip(ids, masks or [], strict=True)

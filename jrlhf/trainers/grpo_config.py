@@ -98,8 +98,8 @@ class GRPOConfig(GRPO, TrainingConfig):
         fields = (f for f in dataclasses.fields(self) if "vllm" in f.name)
         return [f.name for f in fields if getattr(self, f.name) != f.default]
 
-    def total_steps(self, plan: Plan, *, rollouts_per_epoch: int) -> int:
+    def total_steps(self, plan: Plan, *, rollouts_per_epoch: int | None) -> int:
         """Optimizer steps of the run."""
         if self.max_steps > 0:
             return self.max_steps
-        return max(1, round(self.num_train_epochs * rollouts_per_epoch)) * plan.steps
+        return online_config.steps_of_epochs(self, plan, rollouts_per_epoch)

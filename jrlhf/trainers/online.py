@@ -11,11 +11,12 @@ from typing import Any
 import jax
 
 from jrlhf.auto import AutoModelForSequenceClassification, Model
-from jrlhf.data.loader import Order
-from jrlhf.data.rows import RowStream
+from jrlhf.data.loader import Order, StreamLoader
+from jrlhf.data.rows import Rows, RowStream
 from jrlhf.data.sources import load_rows
 from jrlhf.data.tokenize import prompt_rows
 from jrlhf.errors import ConfigError, PromptTooLongError
+from jrlhf.rollout.collect import Plan
 from jrlhf.rollout.devices import round_up
 from jrlhf.rollout.engine import Engine, bucket
 from jrlhf.rollout.reward_model import RewardModel
@@ -31,10 +32,14 @@ class Prompts:
     """The prompts of every rollout, as a function of its number.
 
     Attributes:
-        length: tokens that prompts are padded to.
+        rows: the tokenized prompts.
+        length: tokens that they are padded to.
         room: tokens that are left for completions.
-        per_epoch: rollouts that one pass over the prompts takes.
+        per_epoch: rollouts that one pass over the prompts takes; None for a stream.
     """
+
+    rows: Rows | RowStream
+    per_epoch: int | None
 
     def __init__(
         self,
@@ -59,16 +64,16 @@ class Prompts:
         """
         args, context = start.args, start.context
         wanted = args.max_prompt_length
+        limit = context - 1 if wanted is None else min(wanted, context - 1)
         rows = prompt_rows(
             load_rows(start.given["train_dataset"]),
             start.tokenizer,
-            max_prompt_length=context - 1 if wanted is None else min(wanted, context - 1),
+            max_prompt_length=limit,
             overlong=args.overlong_prompts,
         )
-        if isinstance(rows, RowStream):
-            raise ConfigError("Prompts cannot be streamed yet: pass a map-style dataset.")
-        self._rows = rows
-        longest = rows.longest
+        if isinstance(rows, RowStream) and wanted is None:
+            raise ConfigError("Streamed prompts have no known length: set max_prompt_length.")
+        longest = limit if isinstance(rows, RowStream) else rows.longest
         self.room = context - longest
         if self.room < max_new_tokens:
             log.warning(
@@ -80,14 +85,33 @@ class Prompts:
         self.length = min(width, context - self.room)
         if self.length < longest:
             raise PromptTooLongError(f"A prompt has {longest} tokens, the context {context}.")
-        drop = args.dataloader_drop_last  # else an epoch's last rollout begins the next epoch
-        self._order = Order(len(rows), batch_size=count, seed=start.data_seed, shuffle=shuffle,
-                            drop_last=drop, wrap=not drop)  # fmt: skip
-        self.per_epoch = self._order.steps_per_epoch
+        self.rows = rows
+        self._read = self._reader(start, count, shuffle)
+
+    def _reader(
+        self, start: Start, count: int, shuffle: bool
+    ) -> Callable[[int], Sequence[Mapping[str, Any]]]:
+        """The rows of a rollout, as a function of its number."""
+        rows = self.rows
+        seed, drop = start.data_seed, start.args.dataloader_drop_last
+        if isinstance(rows, RowStream):
+            # What does not fill a rollout at a stream's end is left out.
+            stream = StreamLoader(rows, lambda rows, _: rows, batch_size=count, seed=seed,
+                                  drop_last=True, shuffle_buffer=1000 * shuffle)  # fmt: skip
+            self.per_epoch = None
+            return stream.batch
+        # Else an epoch's last rollout begins the next epoch.
+        order = Order(len(rows), batch_size=count, seed=seed, shuffle=shuffle, drop_last=drop,
+                      wrap=not drop)  # fmt: skip
+        self.per_epoch = order.steps_per_epoch
+        return lambda rollout: [rows[i] for i in order.indices(rollout).tolist()]
+
+    def steps_per_epoch(self, plan: Plan) -> int | None:
+        """Optimizer steps of a pass over the prompts; None for a stream."""
+        return None if self.per_epoch is None else self.per_epoch * plan.steps
 
     def __call__(self, rollout: int) -> Sequence[Mapping[str, Any]]:
-        rows = [self._rows[i] for i in self._order.indices(rollout).tolist()]
-        return [{**row, "ids": row["ids"].tolist()} for row in rows]
+        return [{**row, "ids": row["ids"].tolist()} for row in self._read(rollout)]
 
 
 def make_engine(

@@ -6,6 +6,7 @@ from typing import Any
 
 from jrlhf.config import refuse_changed
 from jrlhf.errors import ConfigError
+from jrlhf.rollout.collect import Plan
 
 # Fields of every training config that a trainer of its own samples cannot follow.
 _NO_EVALUATION = "the rollouts are the evaluation; compare policies with `jrlhf evaluate`"
@@ -29,3 +30,14 @@ def check(cfg: Any, *counts: str) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ConfigError(f"{type(cfg).__name__}.{name} must be at least 1, got {value!r}.")
+
+
+def steps_of_epochs(cfg: Any, plan: Plan, rollouts_per_epoch: int | None) -> int:
+    """Optimizer steps of `num_train_epochs` passes over the prompts.
+
+    Raises:
+        ConfigError: the prompts are a stream, which has no known length.
+    """
+    if rollouts_per_epoch is None:
+        raise ConfigError("A stream of prompts has no known length: set max_steps.")
+    return max(1, round(cfg.num_train_epochs * rollouts_per_epoch)) * plan.steps

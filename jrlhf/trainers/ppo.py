@@ -96,7 +96,7 @@ class PPOTrainer(Trainer):
             actor=actor,
             source=source,
             total_steps=args.total_steps(plan, rollouts_per_epoch=prompts.per_epoch),
-            steps_per_epoch=prompts.per_epoch * plan.steps,
+            steps_per_epoch=prompts.steps_per_epoch(plan),
             callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
             keep_start=True,
             value_model=value,

@@ -107,10 +107,10 @@ class PPOConfig(PPO, TrainingConfig):
             seed=self.seed,
         )
 
-    def total_steps(self, plan: Plan, *, rollouts_per_epoch: int) -> int:
+    def total_steps(self, plan: Plan, *, rollouts_per_epoch: int | None) -> int:
         """Optimizer steps of the run: max_steps, else total_episodes, else the epochs."""
         if self.max_steps > 0:
             return self.max_steps
         if self.total_episodes is not None:
             return -(-self.total_episodes // plan.rows) * plan.steps
-        return max(1, round(self.num_train_epochs * rollouts_per_epoch)) * plan.steps
+        return online_config.steps_of_epochs(self, plan, rollouts_per_epoch)

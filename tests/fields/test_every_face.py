@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jrlhf.data.loader import Order
 from jrlhf.errors import ConfigError, MeshError, UnsupportedFieldError
 from jrlhf.train.state import TrainState
 from tests.fields.bench import DATA, FACES, OFFLINE, ONLINE, Bench, first_rows
@@ -73,8 +74,8 @@ def dataloader_drop_last(bench: Bench, face: str) -> None:
     assert kept.total_steps * 2 == dropped.total_steps * 3
     if face in ONLINE:
         third = [tuple(row["ids"]) for row in dropped.source._prompts(2)]
-        order = dropped.source._prompts._order.permutation(1)
-        assert third == [tuple(dropped.source._prompts._rows[i]["ids"]) for i in order[:4]]
+        rows, order = dropped.source._prompts.rows, Order(10, batch_size=4, seed=42)
+        assert third == [tuple(rows[i]["ids"]) for i in order.permutation(1)[:4]]
     else:
         assert (kept.source.loader.batch(2)["lengths"] == 0).any()
         assert (dropped.source.loader.batch(2)["lengths"] > 0).all()

@@ -34,7 +34,7 @@ def sampling(bench: Bench, face: str, **fields: Any) -> SamplingParams:
 
 def prompts(bench: Bench, face: str, **fields: Any) -> list[Any]:
     """The tokenized prompts that a trainer samples from."""
-    return bench.trainer(face, **fields)._loop.source._prompts._rows.items
+    return bench.trainer(face, **fields)._loop.source._prompts.rows.items
 
 
 def told(name: str, value: Any, default: Any) -> Check:
