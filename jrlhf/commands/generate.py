@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         eos_token_ids=tuple(online.eos_ids(model, tokenizer)), pad_token_id=setup.pad_id(tokenizer),
     )  # fmt: skip
     engine = Engine(
-        model.net, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, len(prompts)),
+        model.decoder, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, len(prompts)),
         stop_strings=cfg.stop_strings or (),
     )  # fmt: skip
     done = engine.generate(

@@ -45,6 +45,7 @@ class LabelConfig:
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, LabelConfig, verb="label")
     from jrlhf.auto import AutoModelForCausalLM
+    from jrlhf.commands.scoring import rewards_of
     from jrlhf.data.encode import Encoder
     from jrlhf.data.sources import load_rows
     from jrlhf.sharding.mesh import make_mesh
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         print(f"  sampled {done} of {total}", flush=True)
 
     done = engine.generate(model.params, ids, seed=cfg.seed, role="label", progress=show)
-    scores = judge.score_ids([[*p, *c.ids] for p, c in zip(ids, done, strict=True)])
+    scores = rewards_of(judge, tokenizer, ids, done)
     target = Path(cfg.output)
     target.parent.mkdir(parents=True, exist_ok=True)
     written = 0
