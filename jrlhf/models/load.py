@@ -169,7 +169,7 @@ def _match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
     problems += [
         f"unexpected: {theirs[name]}"
         for name in theirs
-        if name not in aside and not ignored.fullmatch(name)
+        if name not in aside and not any(map(ignored.fullmatch, (name, theirs[name])))
     ]
     if problems:
         lines = "\n  ".join(problems)

@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jrlhf.errors import ModelError
 from jrlhf.models.build_encoder import EncoderNet
+from jrlhf.models.encoder_spec import EncoderSpec
 from jrlhf.rollout.devices import active
 from jrlhf.types import PyTree
 
@@ -40,7 +40,22 @@ def classify_like_transformers(
     Raises:
         ModelError: more tokens than the model has positions, or an unknown token type.
     """
-    spec, ids, mask = net.spec, np.asarray(ids), np.asarray(mask)
+    rows, lengths = right_padded(net.spec, ids, mask, position_ids, token_type_ids)
+    return _scores(net, params, rows, lengths, mesh)
+
+
+def right_padded(
+    spec: EncoderSpec, ids: Any, mask: Any, position_ids: Any, token_type_ids: Any
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Moves the real tokens to the start, where encoders pool, and counts them.
+
+    Returns:
+        ids, positions (from 0) and types, int32 [b s]; lengths, int32 [b].
+
+    Raises:
+        ModelError: as `classify_like_transformers`.
+    """
+    ids, mask = np.asarray(ids), np.asarray(mask)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     if position_ids is not None:
         positions = np.asarray(position_ids) - spec.position_offset
@@ -56,15 +71,13 @@ def classify_like_transformers(
             f"token_type_ids go up to {highest}; this {spec.model_type} knows "
             f"{spec.type_vocab_size} types."
         )
-    # Encoders pool at the start: real tokens move there, whichever side was padded.
     order = np.argsort(mask == 0, axis=1, kind="stable")
     rows = {"ids": ids, "positions": positions, "types": types}
     moved = {
         name: np.take_along_axis(np.broadcast_to(x, ids.shape), order, axis=1).astype(np.int32)
         for name, x in rows.items()
     }
-    lengths = np.sum(mask != 0, axis=1, dtype=np.int32)
-    return _scores(net, params, moved, lengths, mesh)
+    return moved, np.sum(mask != 0, axis=1, dtype=np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "mesh"))
@@ -76,8 +89,5 @@ def _scores(
     mesh: jax.sharding.Mesh | None,
 ) -> Float[Array, "b n"]:
     with active(mesh):
-        hidden = net.hidden(
-            params, rows["ids"], lengths=jnp.asarray(lengths), positions=rows["positions"],
-            types=rows["types"],
-        )  # fmt: skip
+        hidden = net.hidden(params, **rows, lengths=lengths)
         return net.scores(params, hidden, lengths)

@@ -17,6 +17,7 @@ from jrlhf.auto import (
     AutoModelForCausalLM,
     AutoModelForCausalLMWithValueHead,
     AutoModelForSequenceClassification,
+    Model,
 )
 from jrlhf.errors import MissingWeightError, ModelError, UnsupportedModelError
 from jrlhf.models.build import partition
@@ -35,7 +36,6 @@ DEBERTA: dict[str, Any] = {
     "intermediate_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "attention_head_size": 6,
     "max_position_embeddings": 64,
     "type_vocab_size": 0,
     "layer_norm_eps": 1e-7,
@@ -296,7 +296,7 @@ def test_an_encoder_has_no_causal_and_no_value_head(factory: Any, tmp_path: Path
 
 
 def test_an_encoder_neither_writes_nor_gives_values(tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_config(BERT)
+    model = Model(*made(BERT, tmp_path))
     with pytest.raises(ModelError, match="it writes none"):
         model.generate(IDS)
     for ask in (model.net.head, lambda params: model.net.values(params, IDS)):
@@ -306,8 +306,8 @@ def test_an_encoder_neither_writes_nor_gives_values(tmp_path: Path) -> None:
         model.respec(value_head=True)
 
 
-def test_what_is_too_long_or_of_no_known_type_is_refused() -> None:
-    model = AutoModelForSequenceClassification.from_config(BERT)
+def test_what_is_too_long_or_of_no_known_type_is_refused(tmp_path: Path) -> None:
+    model = Model(*made(BERT, tmp_path))
     long = np.zeros((1, 33), np.int32)
     with pytest.raises(ModelError, match="33 tokens; this bert has positions for 32"):
         model(long)
@@ -327,6 +327,7 @@ def test_what_is_too_long_or_of_no_known_type_is_refused() -> None:
         (DEBERTA | {"conv_kernel_size": 4}, "conv_kernel_size=4"),
         (DEBERTA | {"conv_groups": 2}, "conv_groups=2"),
         (DEBERTA | {"pooler_hidden_size": 8}, "pooler_hidden_size=8"),
+        (DEBERTA | {"attention_head_size": 6}, "attention_head_size=6"),
         (DEBERTA | {"position_buckets": 200}, "position_buckets=200"),
         (MODERNBERT | {"layer_types": ["full_attention"]}, "layer_types names 1"),
         (MODERNBERT | {"layer_types": ["chunked"] * 4}, "chunked"),

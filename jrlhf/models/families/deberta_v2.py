@@ -50,7 +50,9 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
     """
     sizes = configs.sizes(config, _SIZES)
     hidden, width = sizes["hidden_size"], int(config.get("conv_kernel_size") or 0)
-    configs.refuse(config, conv_groups=1, pooler_hidden_size=hidden)
+    heads = configs.heads(hidden, int(config.get("num_attention_heads", 24)))
+    plain = {"pooler_hidden_size": hidden, "attention_head_size": heads["head_dim"]}
+    configs.refuse(config, conv_groups=1, **plain)
     if width and width % 2 == 0:
         raise UnsupportedModelError(f"conv_kernel_size={width} is even: texts would change length.")
     terms = config.get("pos_att_type") or ()
@@ -67,9 +69,7 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
     return EncoderSpec(
         model_type="deberta-v2",
         **sizes,
-        **configs.heads(
-            hidden, int(config.get("num_attention_heads", 24)), config.get("attention_head_size")
-        ),
+        **heads,
         embedding_size=int(config.get("embedding_size") or hidden),
         learned_positions=bool(config.get("position_biased_input", True)),
         norm_eps=float(config.get("layer_norm_eps", 1e-7)),

@@ -55,17 +55,17 @@ def sizes(config: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, A
     return {key: int(config.get(key, value)) for key, value in defaults.items()}
 
 
-def heads(hidden_size: int, count: int, head_dim: int | None = None) -> dict[str, Any]:
+def heads(hidden_size: int, count: int) -> dict[str, Any]:
     """The heads of a spec.
 
     Raises:
         UnsupportedModelError: heads that do not divide the hidden size.
     """
-    if head_dim is None and hidden_size % count:
+    if hidden_size % count:
         raise UnsupportedModelError(
             f"hidden_size={hidden_size} is not a multiple of num_attention_heads={count}."
         )
-    return {"num_attention_heads": count, "head_dim": int(head_dim or hidden_size // count)}
+    return {"num_attention_heads": count, "head_dim": hidden_size // count}
 
 
 def num_labels(config: Mapping[str, Any]) -> int:
