@@ -182,8 +182,8 @@ def _match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
 
 def _present_name(name: str, family: Family) -> str:
     """What an old name became."""
-    for old, new in family.renamed:
-        name = name.replace(old, new)
+    for pattern, replacement in family.renames:
+        name = re.sub(pattern, replacement, name)
     return name
 
 

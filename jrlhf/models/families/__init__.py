@@ -23,8 +23,8 @@ class Family:
         write: spec -> the keys of config.json that the spec decides.
         weights: spec -> the rows of its weight table.
         ignored: names (regular expressions) that old checkpoints carry and nobody needs.
-        prefix: what a bare trunk (transformers' LlamaModel, BertModel) leaves off the names.
-        renamed: pairs (old, new) of parts of names that transformers translates on loading.
+        prefix: what a bare trunk leaves off its names.
+        renames: (regular expression, replacement): other names of the same tensors.
     """
 
     read: Callable[[Mapping[str, Any]], AnySpec]
@@ -32,7 +32,7 @@ class Family:
     weights: Callable[[Any], tuple[Weight, ...]]
     ignored: tuple[str, ...] = ()
     prefix: str = "model."
-    renamed: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "bert": Family(
         read=bert.read_bert, write=bert.write, weights=bert.weights, ignored=bert.IGNORED,
-        prefix="bert.", renamed=bert.RENAMED,
+        prefix="bert.", renames=bert.RENAMES,
     ),
     "roberta": Family(
         read=bert.read_roberta, write=bert.write, weights=bert.weights, ignored=bert.IGNORED,
@@ -61,7 +61,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deberta-v2": Family(
         read=deberta_v2.read, write=deberta_v2.write, weights=deberta_v2.weights,
-        ignored=deberta_v2.IGNORED, prefix="deberta.", renamed=bert.RENAMED,
+        ignored=deberta_v2.IGNORED, prefix="deberta.", renames=bert.RENAMES,
     ),
 }  # fmt: skip
 

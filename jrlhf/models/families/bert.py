@@ -36,7 +36,7 @@ _ROBERTA |= {"pooler.dense": "classifier.dense", "score": "classifier.out_proj"}
 # Heads of pretraining, a pooler that RoBERTa's classifier does not use, and a buffer of positions.
 IGNORED = (r"cls\..*", r"lm_head\..*", r"roberta\.pooler\..*", r".*embeddings\.position_ids")
 # Checkpoints that were converted from TensorFlow.
-RENAMED = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+RENAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
 def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
