@@ -19,9 +19,11 @@ import numpy as np
 
 from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.models.build import Net, Params
+from jrlhf.models.build_encoder import AnyNet, EncoderNet, net_of
 from jrlhf.models.families import config_from_spec, spec_from_config
 from jrlhf.models.load import Source, load_pretrained, save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
+from jrlhf.rollout.encode import classify_like_transformers
 from jrlhf.rollout.generate import generate_like_transformers
 from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import params_shardings
@@ -62,7 +64,7 @@ class Model:
 
     def __init__(
         self,
-        net: Net,
+        net: AnyNet,
         params: Params,
         *,
         source: Source | None = None,
@@ -108,23 +110,44 @@ class Model:
         values = {**origin, **config_from_spec(self.net.spec)}
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
+    @property
+    def decoder(self) -> Net:
+        """The net of a model that can write; ModelError if it is an encoder."""
+        if isinstance(self.net, EncoderNet):
+            raise ModelError(f"{self.name_or_path} is an encoder: it scores texts, it writes none.")
+        return self.net
+
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        token_type_ids: Any = None,
     ) -> ModelOutput:
         """Runs the model.
 
         Args:
             input_ids: [b s], padded on either side.
             attention_mask: 1 for real tokens, [b s]; None: all are real.
-            position_ids: [b s]; None: counted over the real tokens.
+            position_ids: [b s], as transformers counts them; None: over the real tokens.
+            token_type_ids: [b s], of encoders that have a table of them; None: all 0.
+
+        Raises:
+            ModelError: inputs of another shape, or out of the model's range.
         """
         ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
         if ids.ndim != 2:
             raise ModelError(f"input_ids must be [rows, tokens], got shape {ids.shape}.")
         mask = jnp.ones_like(ids) if attention_mask is None else _ints(attention_mask)
+        if isinstance(self.net, EncoderNet):
+            return ModelOutput(
+                classify_like_transformers(
+                    self.net, self.params, ids, mask, position_ids, token_type_ids, mesh=self.mesh
+                )
+            )
         if position_ids is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         else:
@@ -158,7 +181,7 @@ class Model:
         elif eos_token_id == -1:
             eos_token_id = None
         return generate_like_transformers(
-            self.net,
+            self.decoder,
             self.params,
             np.asarray(input_ids),
             None if attention_mask is None else np.asarray(attention_mask),
@@ -212,7 +235,7 @@ class Model:
         spec = self.net.spec.replace(**changes)
         if spec == self.net.spec:
             return self
-        net = Net(spec)
+        net = net_of(spec)
         params = _restack(self.params, spec.trunk_layers)
         if spec.value_head and "value" not in params:
             params["value"] = jax.jit(lambda key: net.init(key)["value"])(jax.random.key(seed))
@@ -333,14 +356,14 @@ class _Auto:
     ) -> Model:
         """A model with random weights from a transformers config or a config.json's dict."""
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        net = Net(spec_from_config(values, **{**cls._choices, **choices}))
+        net = net_of(spec_from_config(values, **{**cls._choices, **choices}))
         placed = as_mesh(mesh)
         shardings = None if placed is None else params_shardings(net, net.abstract(), placed)
         params = jax.jit(net.init, out_shardings=shardings)(jax.random.key(seed))
         return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
 
 
-def _layout(net: Net, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
+def _layout(net: AnyNet, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
     return params_shardings(net, abstract, mesh)
 
 

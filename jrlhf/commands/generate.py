@@ -91,7 +91,7 @@ def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
         eos_token_ids=tuple(online.eos_ids(model, tokenizer)), pad_token_id=setup.pad_id(tokenizer),
     )  # fmt: skip
     return Engine(
-        model.net, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, count),
+        model.decoder, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, count),
         stop_strings=cfg.stop_strings or (),
     )  # fmt: skip
 

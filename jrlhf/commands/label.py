@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, LabelConfig, verb="label")
     if cfg.num_generations < 2:
         raise ConfigError(f"num_generations={cfg.num_generations}: a pair needs at least 2.")
-    from jrlhf.commands.scoring import say_sampled
+    from jrlhf.commands.scoring import rewards_of, say_sampled
     from jrlhf.data.encode import Encoder
     from jrlhf.data.sources import load_rows
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     done = engine.generate(
         model.params, ids, seed=cfg.seed, role="label", progress=say_sampled("policy")
     )
-    scores = judge.score_ids([[*p, *c.ids] for p, c in zip(ids, done, strict=True)])
+    scores = rewards_of(judge, model.tokenizer, ids, done)
     target = Path(cfg.output)
     target.parent.mkdir(parents=True, exist_ok=True)
     written = 0

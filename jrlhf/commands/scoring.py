@@ -55,6 +55,31 @@ def say_sampled(what: str) -> Callable[[int, int], None]:
     return show
 
 
+def rewards_of(
+    scorer: Any, tokenizer: Any, prompts: Sequence[list[int]], done: Sequence[Any]
+) -> np.ndarray:
+    """A reward model's scores of an engine's completions.
+
+    Args:
+        scorer: a `RewardModel`; it reads the ids, or their text through its own tokenizer.
+        tokenizer: of the prompts and completions.
+        prompts: token ids.
+        done: one `Completion` per prompt.
+    """
+    from jrlhf.rollout.rewards import Completions
+
+    return scorer.score(
+        Completions(
+            prompts=[tokenizer.decode(prompt) for prompt in prompts],
+            completions=[c.text for c in done],
+            prompt_ids=list(prompts),
+            completion_ids=[c.ids for c in done],
+            finished=[c.finished for c in done],
+            columns={},
+        )
+    )
+
+
 def policy_arm(
     name: str,
     model: Any,
@@ -83,7 +108,7 @@ def policy_arm(
 
     own = logps(model, rows, starts, cfg.temperature)
     base = own if model is reference else logps(reference, rows, starts, cfg.temperature)
-    rewards = scorer.score_ids(rows).tolist()
+    rewards = rewards_of(scorer, model.tokenizer, prompts, done).tolist()
     print(f"  {name}: scored by the reward model, mean {np.mean(rewards):.3g}", flush=True)
     losses = (-logps(model, texts, [1] * len(texts), 1.0)).tolist() if texts else ()
     if texts:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from jrlhf.models.decoder import Context, Decoder
 from jrlhf.models.heads import last_token
 from jrlhf.models.rope import rotation
 from jrlhf.models.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    from jrlhf.models.build_encoder import AnyNet
 
 Params = dict[str, Any]
 
@@ -228,7 +231,7 @@ class Net:
         return Context(angles, segments)
 
 
-def partition(params: Params, net: Net) -> tuple[Params, Params]:
+def partition(params: Params, net: AnyNet) -> tuple[Params, Params]:
     """Splits params into (trainable, frozen).
 
     With `trunk_layers` the trunk and the embedding (which is the head too when tied) are frozen;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jrlhf.errors import MissingFileError, UnsupportedModelError
 
-_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 # Copies of the same weights in other layouts that some repositories carry.
 _IGNORED = ["onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*/*"]

@@ -18,28 +18,26 @@ import numpy as np
 from jrlhf.errors import ConfigError, MissingWeightError
 from jrlhf.models import hub
 from jrlhf.models import tokenizer as tokenizers
-from jrlhf.models.build import Net
-from jrlhf.models.families import Weight, config_from_spec, family_of, spec_from_config
+from jrlhf.models.build_encoder import AnyNet, net_of
+from jrlhf.models.encoder_spec import AnySpec, EncoderSpec
+from jrlhf.models.families import Family, Weight, config_from_spec, family_of, spec_from_config
 from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
 from jrlhf.models.hf.reader import Checkpoint, SafetensorsCheckpoint
-from jrlhf.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Params = dict[str, Any]
 Keys = tuple[str, ...]
-Shardings = Callable[[Net, Params], Any]
+Shardings = Callable[[AnyNet, Params], Any]
 _READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "hf": SafetensorsCheckpoint,
     "gguf": GGUFCheckpoint,
     "glassllm": GlassLLMCheckpoint,
 }
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-# What a bare trunk (transformers' LlamaModel) leaves off the names.
-_TRUNK_PREFIX = "model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +80,7 @@ def load_pretrained(
     remat: str = "none",
     shardings: Shardings | None = None,
     key: jax.Array | None = None,
-) -> tuple[Net, Params, Source]:
+) -> tuple[AnyNet, Params, Source]:
     """Loads a model from a directory, a hub id, a GGUF file or a glassllm directory.
 
     Args:
@@ -113,7 +111,7 @@ def load_pretrained(
         trunk_layers=_trunk_layers(num_layers_unfrozen, spec.num_hidden_layers),
         num_labels=spec.num_labels if num_labels is None else num_labels,
     )
-    net = Net(spec)
+    net = net_of(spec)
     names = _match(checkpoint, spec)
     abstract = net.abstract()
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -143,20 +141,20 @@ def _trunk_layers(unfrozen: int, layers: int) -> int:
     return layers - unfrozen
 
 
-def _match(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, str]:
+def _match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
     """{name in the weight table: name in the checkpoint}, for all that the spec needs.
 
     Raises:
         MissingWeightError: the two disagree.
     """
-    shapes = dict(checkpoint.shapes)
-    theirs = {name: name for name in shapes}
-    if not any(name.startswith(_TRUNK_PREFIX) for name in shapes):
+    shapes, family = dict(checkpoint.shapes), family_of(spec)
+    theirs = {_present_name(name, family): name for name in shapes}
+    if not any(name.startswith(family.prefix) for name in shapes):
         heads = {name for row in _all_rows(spec) if not row.layered for name in [row.name]}
-        theirs = {n if n in heads else _TRUNK_PREFIX + n: n for n in shapes}
+        theirs = {n if n in heads else family.prefix + n: old for n, old in theirs.items()}
     problems: list[str] = []
     found: dict[str, str] = {}
-    for row in family_of(spec).weights(spec):
+    for row in family.weights(spec):
         for name, _, _ in row.places(spec):
             if name in theirs:
                 found[name] = theirs.pop(name)
@@ -167,11 +165,11 @@ def _match(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, str]:
                 problems.append(f"missing: {name}")
     # Heads that this use of the checkpoint leaves aside are no surprise, anything else is.
     aside = {name for row in _all_rows(spec) for name, _, _ in row.places(spec)}
-    ignored = re.compile("|".join(family_of(spec).ignored) or r"(?!)")
+    ignored = re.compile("|".join(family.ignored) or r"(?!)")
     problems += [
         f"unexpected: {theirs[name]}"
         for name in theirs
-        if name not in aside and not ignored.fullmatch(name)
+        if name not in aside and not any(map(ignored.fullmatch, (name, theirs[name])))
     ]
     if problems:
         lines = "\n  ".join(problems)
@@ -182,14 +180,23 @@ def _match(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, str]:
     return found
 
 
-def _all_rows(spec: DecoderSpec) -> list[Weight]:
+def _present_name(name: str, family: Family) -> str:
+    """What an old name became."""
+    for pattern, replacement in family.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _all_rows(spec: AnySpec) -> list[Weight]:
     """The weight tables of every head that a checkpoint of this family may carry."""
     weights = family_of(spec).weights
+    if isinstance(spec, EncoderSpec):  # has one head; those of pretraining are ignored by name
+        return list(weights(spec))
     causal = spec.replace(head="causal", value_head=True, tie_word_embeddings=False)
     return [*weights(causal), *weights(spec.replace(head="classifier"))]
 
 
-def _places(spec: DecoderSpec, path: Keys) -> Iterator[tuple[Weight, str, int | None]]:
+def _places(spec: AnySpec, path: Keys) -> Iterator[tuple[Weight, str, int | None]]:
     """(row, name, index along the stack) of every tensor that goes into one leaf."""
     for row in family_of(spec).weights(spec):
         for name, where, at in row.places(spec):
@@ -228,7 +235,8 @@ def _read_part(
         return _read_one(checkpoint, *places[None], bounds).astype(dtype)
     out = np.empty(sizes, dtype)
     for i, layer in enumerate(range(*bounds[0])):
-        out[i] = _read_one(checkpoint, *places[layer], bounds[1:])
+        # Only a norm's scale may be absent in a layer that has no such norm: there it acts on none.
+        out[i] = _read_one(checkpoint, *places[layer], bounds[1:]) if layer in places else 1.0
     return out
 
 
@@ -247,7 +255,7 @@ def _read_one(
 
 
 def _draw(
-    net: Net, paths: list[Keys], shardings: Mapping[Keys, Any], dtype: str, key: jax.Array
+    net: AnyNet, paths: list[Keys], shardings: Mapping[Keys, Any], dtype: str, key: jax.Array
 ) -> dict[Keys, jax.Array]:
     """Initialises the leaves that no checkpoint tensor fills; the rest of `init` is dead code."""
     if not paths:
@@ -278,7 +286,7 @@ def _nest(leaves: Mapping[Keys, Any]) -> Params:
 
 def save_pretrained(
     directory: str | Path,
-    net: Net,
+    net: AnyNet,
     params: Params,
     *,
     source: Source | None = None,
@@ -321,7 +329,7 @@ def save_pretrained(
 
 def _write(
     directory: Path,
-    net: Net,
+    net: AnyNet,
     values: Iterator[tuple[str, np.ndarray]],
     source: Source | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -348,12 +356,12 @@ def _write(
     )
 
 
-def _leaf_order(net: Net) -> list[tuple[Keys, list[tuple[Weight, str, int | None]]]]:
+def _leaf_order(net: AnyNet) -> list[tuple[Keys, list[tuple[Weight, str, int | None]]]]:
     """Leaves with their tensors: the order of the export, one leaf in host memory at a time."""
     return [(path, list(_places(net.spec, path))) for path in _flatten(net.abstract())]
 
 
-def _tensors(net: Net, itemsize: int) -> list[writer.Tensor]:
+def _tensors(net: AnyNet, itemsize: int) -> list[writer.Tensor]:
     return [
         writer.Tensor(name, itemsize * int(np.prod(row.hf_shape)))
         for _, places in _leaf_order(net)
@@ -361,7 +369,7 @@ def _tensors(net: Net, itemsize: int) -> list[writer.Tensor]:
     ]
 
 
-def _export(net: Net, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _export(net: AnyNet, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor in the checkpoint's layout."""
     leaves = _flatten(params)
     for path, places in _leaf_order(net):

@@ -23,7 +23,10 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "tokenizer.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
 )
 _TEMPLATES = "additional_chat_templates"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jrlhf.errors import ModelError, RewardError
-from jrlhf.models.build import Net
+from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.rollout.devices import active, agree_max, put, round_up, row_shards, to_host
 from jrlhf.rollout.engine import bucket, pad_rows
 from jrlhf.rollout.score import outputs
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @functools.partial(jax.jit, static_argnames=("net", "mesh"))
 def _scores(
-    net: Net, params: PyTree, batch: Batch, mesh: jax.sharding.Mesh | None
+    net: AnyNet, params: PyTree, batch: Batch, mesh: jax.sharding.Mesh | None
 ) -> Float[Array, " b"] | None:
     with active(mesh):
         return outputs(net, params, batch).scores
@@ -53,12 +53,13 @@ class RewardModel:
     With the policy's tokenizer it reads the very ids that were sampled, so that its last token is
     the EOS exactly when the completion ended, as in its training data. With another tokenizer it
     reads the decoded text through that one, with the special tokens that it adds by itself, and
-    with its EOS at the end of finished completions.
+    with its EOS at the end of finished completions. An encoder always reads text: its score stands
+    on the [CLS] that only its tokenizer writes.
     """
 
     def __init__(
         self,
-        net: Net,
+        net: AnyNet,
         params: PyTree,
         tokenizer: Any,
         *,
@@ -90,7 +91,8 @@ class RewardModel:
         self.net, self.params, self.tokenizer = net, params, tokenizer
         self.__name__ = name
         self.max_length = min(max_length or 10**9, net.spec.max_position_embeddings)
-        self.reads_ids = policy_tokenizer is None or same_tokenizer(tokenizer, policy_tokenizer)
+        same = policy_tokenizer is None or same_tokenizer(tokenizer, policy_tokenizer)
+        self.reads_ids = same and not isinstance(net, EncoderNet)
         self._policy_tokenizer = policy_tokenizer or tokenizer
         self._append_eos, self._mesh = append_eos, mesh
         self._rows = round_up(rows, row_shards(mesh))

@@ -16,19 +16,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.models.build import Net, combine
+from jrlhf.models.build import combine
+from jrlhf.models.build_encoder import AnyNet
 from jrlhf.ops.logps import token_logps
 from jrlhf.types import Batch, Loss, Outputs, PyTree
 
 
 def outputs(
-    net: Net,
+    net: AnyNet,
     params: PyTree,
     batch: Batch,
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    value_net: Net | None = None,
+    value_net: AnyNet | None = None,
     value_params: PyTree = None,
 ) -> Outputs:
     """Scores the tokens (causal heads) or the rows (classifiers) of a right-padded batch.
@@ -93,15 +94,16 @@ def _rows(batch: Batch) -> tuple[tuple[int, ...], dict[str, Array]]:
 
 
 def _hidden(
-    net: Net, params: PyTree, rows: dict[str, Array], *, trunk: Array | None = None
+    net: AnyNet, params: PyTree, rows: dict[str, Array], *, trunk: Array | None = None
 ) -> Float[Array, "b s d"]:
+    below = {} if trunk is None else {"trunk": trunk}
     return net.hidden(
         params,
         rows["ids"],
         lengths=rows["lengths"],
         segments=rows.get("segments"),
         positions=rows.get("positions"),
-        trunk=trunk,
+        **below,
     )
 
 
@@ -140,9 +142,9 @@ class Actor:
     `value_net` both trees are {"policy": …, "value": …}; else they are the policy's own.
     """
 
-    net: Net
+    net: AnyNet
     temperature: float = 1.0
-    value_net: Net | None = None
+    value_net: AnyNet | None = None
 
     @property
     def has_values(self) -> bool:

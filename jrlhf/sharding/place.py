@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jrlhf.models.build import Net
+from jrlhf.models.build_encoder import AnyNet
 from jrlhf.sharding.mesh import BATCH_AXES, check_batch
 from jrlhf.sharding.rules import DEFAULT, Rules, spec_for
 from jrlhf.types import PyTree
@@ -21,7 +21,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def params_shardings(net: Net, abstract: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
+def params_shardings(net: AnyNet, abstract: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
     """A sharding per parameter, from the logical axes that the net declares.
 
     Args:

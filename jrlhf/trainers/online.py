@@ -130,7 +130,7 @@ def make_engine(
         pad_token_id=pad_id(tokenizer),
         **sampling,
     )
-    return Engine(model.net, tokenizer, params, mesh=model.mesh, rows=rows)
+    return Engine(model.decoder, tokenizer, params, mesh=model.mesh, rows=rows)
 
 
 def eos_ids(model: Model, tokenizer: Any) -> list[int]:

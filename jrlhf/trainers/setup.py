@@ -22,6 +22,7 @@ from jrlhf.auto import (
 from jrlhf.config import TrainingConfig, aliases
 from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.models.build import partition
+from jrlhf.models.build_encoder import EncoderNet
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
 
@@ -355,6 +356,11 @@ def open_value_model(
 
     classifier = open_model(model, args, mesh, head="classifier", face=face)
     one_label(classifier, face)
+    if isinstance(classifier.net, EncoderNet):
+        raise ModelError(
+            f"{face}: value_model is an encoder ({classifier.net.spec.model_type}), which reads "
+            "what comes after a token as well. A value model is a decoder's classifier."
+        )
     # Tied, so that no language-model head is wanted: nobody asks a value model for tokens.
     spec = classifier.net.spec.replace(head="causal", value_head=True, tie_word_embeddings=True)
     params = dict(classifier.params)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from jrlhf.models.spec import DecoderSpec
+from jrlhf.models.encoder_spec import AnySpec
 
 Path = tuple[str, ...]
 
@@ -77,7 +77,7 @@ class Weight:
             whole.append(slice(start * inner, stop * inner))
         return tuple(whole)
 
-    def places(self, spec: DecoderSpec) -> Iterator[tuple[str, Path, int | None]]:
+    def places(self, spec: AnySpec) -> Iterator[tuple[str, Path, int | None]]:
         """Yields (checkpoint name, path in params, index along the stacked axis or None)."""
         if not self.layered:
             yield self.name, self.path, None

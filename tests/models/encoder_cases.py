@@ -1,0 +1,311 @@
+"""Every encoder family and flag against transformers: tiny random models, measured once each.
+
+`rows()` gives one line per case for a table; the tests assert each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from jrlhf.auto import AutoModelForSequenceClassification, Model
+from jrlhf.models.families import family_of
+from jrlhf.rollout.encode import right_padded
+
+LENGTHS = (21, 13, 4)
+# Run for a moment, compiled sixteen times: half of the time would be LLVM's optimiser.
+QUICKLY = {"xla_backend_optimization_level": 0}
+BASE = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "num_labels": 1,
+}
+DISTILBERT = {
+    "vocab_size": 101,
+    "dim": 32,
+    "hidden_dim": 44,
+    "n_layers": 3,
+    "n_heads": 4,
+    "max_position_embeddings": 40,
+}
+# Windows shorter than the texts, and special tokens within the tiny vocabulary.
+MODERNBERT = BASE | {
+    "local_attention": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+# Fewer buckets than distances, on both sides of the border to the logarithm.
+DEBERTA = BASE | {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "max_relative_positions": -1,
+    "pos_att_type": "p2c|c2p",
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "layer_norm_eps": 1e-7,
+}
+# {flags: (transformers' class prefix, config)}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT: gelu, token types": ("Bert", BASE),
+    "BERT: tanh gelu, 3 labels, no second type": (
+        "Bert",
+        BASE | {"hidden_act": "gelu_new", "num_labels": 3, "type_vocab_size": 1},
+    ),
+    "RoBERTa: padding id 1": ("Roberta", BASE | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "RoBERTa: padding id 0, relu, 2 labels": (
+        "Roberta",
+        BASE | {"hidden_act": "relu", "num_labels": 2},
+    ),
+    "XLM-RoBERTa": ("XLMRoberta", BASE | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "DistilBERT: gelu": ("DistilBert", DISTILBERT | {"num_labels": 1}),
+    "DistilBERT: relu, 3 labels": (
+        "DistilBert",
+        DISTILBERT | {"activation": "relu", "num_labels": 3, "sinusoidal_pos_embds": True},
+    ),
+    "ModernBERT: local layers, first token": ("ModernBert", MODERNBERT),
+    "ModernBERT: mean, all biases, 3 labels": (
+        "ModernBert",
+        MODERNBERT
+        | {
+            "classifier_pooling": "mean",
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "num_labels": 3,
+        },
+    ),
+    "ModernBERT: layers by name, other thetas, silu head": (
+        "ModernBert",
+        MODERNBERT
+        | {
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 60.0},
+            },
+            "classifier_activation": "silu",
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "DeBERTa-v3: shared keys, buckets, normed positions": ("DebertaV2", DEBERTA),
+    "DeBERTa-v2: convolution, tanh pooler, 3 labels": (
+        "DebertaV2",
+        DEBERTA
+        | {
+            "conv_kernel_size": 3,
+            "conv_act": "gelu",
+            "attention_head_size": 8,
+            "num_labels": 3,
+            "pooler_hidden_act": "tanh",
+        },
+    ),
+    "DeBERTa-v2: own position weights, no buckets": (
+        "DebertaV2",
+        DEBERTA
+        | {
+            "share_att_key": False,
+            "position_buckets": -1,
+            "max_relative_positions": 6,
+            "norm_rel_ebd": "none",
+        },
+    ),
+    "DeBERTa-v2: c2p alone, absolute positions, token types": (
+        "DebertaV2",
+        DEBERTA
+        | {
+            "pos_att_type": "c2p",
+            "share_att_key": False,
+            "position_biased_input": True,
+            "type_vocab_size": 2,
+        },
+    ),
+    "DeBERTa-v2: p2c alone, narrow embedding": (
+        "DebertaV2",
+        DEBERTA | {"pos_att_type": "p2c", "share_att_key": False, "embedding_size": 20},
+    ),
+    "DeBERTa-v2: relative attention off": (
+        "DebertaV2",
+        DEBERTA
+        | {"relative_attention": False, "norm_rel_ebd": "none", "position_biased_input": True},
+    ),
+}
+
+
+class Row(NamedTuple):
+    """What one case measured.
+
+    Attributes:
+        family: of the model.
+        flags: what its config turns on.
+        logits: largest difference, relative to the largest logit; both paddings.
+        loss: absolute difference.
+        gradients: largest difference in any tensor, relative to that tensor's maximum.
+        reloads: whether transformers reads the export back bit for bit.
+    """
+
+    family: str
+    flags: str
+    logits: float
+    loss: float
+    gradients: float
+    reloads: bool
+
+
+class Batch(NamedTuple):
+    """Rows of random tokens, and where padding stands when they are padded on the left."""
+
+    ids: list[np.ndarray]
+    types: list[np.ndarray]
+    labels: np.ndarray
+
+    def padded(self, *, left: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids, mask and token types; padding holds ordinary tokens, which must not matter."""
+        width = max(LENGTHS)
+        draw = np.random.default_rng(5)
+        ids = draw.integers(3, BASE["vocab_size"], (len(LENGTHS), width)).astype(np.int32)
+        mask, types = np.zeros_like(ids), np.zeros_like(ids)
+        for i, row in enumerate(self.ids):
+            where = slice(width - len(row), width) if left else slice(len(row))
+            ids[i, where], mask[i, where], types[i, where] = row, 1, self.types[i]
+        return ids, mask, types
+
+
+def perturbed(prefix: str, config: dict[str, Any]) -> Any:
+    """A transformers model with every parameter, norms and biases too, off its start."""
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{prefix}Config")(**config)
+    kind = getattr(transformers, f"{prefix}ForSequenceClassification")
+    model = kind(made).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def batch_of(config: dict[str, Any]) -> Batch:
+    draw = np.random.default_rng(0)
+    kinds = 1 if "dim" in config else config.get("type_vocab_size", 2)
+    labels = config["num_labels"]
+    return Batch(
+        [draw.integers(3, BASE["vocab_size"], n) for n in LENGTHS],
+        [draw.integers(0, max(kinds, 1), n) for n in LENGTHS],
+        draw.normal(size=3) if labels == 1 else draw.integers(0, labels, 3),
+    )
+
+
+def their_scores(model: Any, batch: Batch) -> Any:
+    """One row at a time, so that transformers has no padding to get wrong."""
+    takes_types = getattr(model.config, "type_vocab_size", 0) > 0
+    scores = []
+    for ids, types in zip(batch.ids, batch.types, strict=True):
+        more = {"token_type_ids": torch.tensor(types)[None]} if takes_types else {}
+        scores.append(model(torch.tensor(ids)[None], **more).logits)
+    return torch.cat(scores)
+
+
+def their_loss(scores: Any, labels: np.ndarray) -> Any:
+    if scores.shape[1] == 1:
+        return torch.nn.functional.mse_loss(scores[:, 0], torch.tensor(labels))
+    return torch.nn.functional.cross_entropy(scores, torch.tensor(labels))
+
+
+def our_loss(scores: jax.Array, labels: np.ndarray) -> jax.Array:
+    if scores.shape[1] == 1:
+        return jnp.mean(jnp.square(scores[:, 0] - labels.astype(np.float32)))
+    logps = jax.nn.log_softmax(scores)
+    return -jnp.mean(jnp.take_along_axis(logps, labels[:, None], axis=1))
+
+
+def gradient_difference(model: Model, gradients: Any, theirs: Any) -> float:
+    """The largest difference of any tensor, relative to its largest entry.
+
+    Of a few tensors the exact gradient is zero (a softmax does not see what is added to all of its
+    scores): their difference is relative to the largest gradient of the model.
+    """
+    largest = max(float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None)
+    worst = 0.0
+    for weight in family_of(model.net.spec).weights(model.net.spec):
+        for name, path, index in weight.places(model.net.spec):
+            node = gradients
+            for key in path:
+                node = node[key]
+            ours = weight.to_hf(np.asarray(node if index is None else node[index]))
+            grad = theirs[name].grad
+            exact = np.zeros(ours.shape) if grad is None else grad.numpy()
+            scale = np.abs(exact).max()
+            scale = largest if scale < 1e-10 * largest else scale
+            worst = max(worst, float(np.abs(ours - exact).max() / scale))
+    return worst
+
+
+def reloads(model: Model, directory: Path, state: dict[str, Any], kind: type) -> bool:
+    """Whether transformers reads our export, complete and bit for bit."""
+    model.save_pretrained(directory)
+    again, info = kind.from_pretrained(directory, output_loading_info=True)  # type: ignore[attr-defined]
+    same = again.state_dict()
+    complete = not any(info.values()) and same.keys() == state.keys()
+    return complete and all(torch.equal(same[name], state[name]) for name in state)
+
+
+@functools.cache
+def measure(name: str) -> Row:
+    """Loads, runs, differentiates and exports one case."""
+    prefix, config = CASES[name]
+    original, batch = perturbed(prefix, config), batch_of(config)
+    with tempfile.TemporaryDirectory() as folder:
+        original.save_pretrained(Path(folder) / "theirs")
+        model = AutoModelForSequenceClassification.from_pretrained(Path(folder) / "theirs")
+        state = {key: value.clone() for key, value in original.state_dict().items()}
+        again = reloads(model, Path(folder) / "ours", state, type(original))
+    exact = original.double()
+    scores = their_scores(exact, batch)
+    loss = their_loss(scores, batch.labels)
+    loss.backward()
+
+    net = model.net
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params: Any, rows: dict[str, jax.Array], lengths: jax.Array) -> Any:
+        hidden = net.hidden(params, **rows, lengths=lengths)
+        ours = net.scores(params, hidden, lengths)
+        return our_loss(ours, batch.labels), ours
+
+    differences = []
+    for left in (False, True):
+        ids, mask, types = batch.padded(left=left)
+        placed = right_padded(net.spec, ids, mask, None, types)
+        (value, ours), gradients = run(model.params, *placed)
+        differences.append(np.abs(np.asarray(ours) - scores.detach().numpy()).max())
+    family, _, flags = name.partition(": ")
+    return Row(
+        family,
+        flags,
+        float(max(differences) / scores.detach().abs().max()),
+        abs(float(value) - float(loss.detach())),
+        gradient_difference(model, gradients, dict(exact.named_parameters())),
+        again,
+    )
+
+
+def rows() -> list[Row]:
+    """Every case, measured now or before."""
+    return [measure(name) for name in CASES]
