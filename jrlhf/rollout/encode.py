@@ -77,7 +77,7 @@ def right_padded(
         name: np.take_along_axis(np.broadcast_to(x, ids.shape), order, axis=1).astype(np.int32)
         for name, x in rows.items()
     }
-    return moved, np.sum(mask != 0, axis=1, dtype=np.int32)
+    return moved, (mask != 0).astype(np.int32).sum(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "mesh"))

@@ -70,7 +70,11 @@ def own_tokenizer() -> Any:
 @pytest.fixture
 def deberta(tmp_path: Path) -> str:
     """A model directory: weights, config and tokenizer."""
-    path = write_hf(tmp_path / "deberta", CONFIG, tensors_of(CONFIG))
+    tensors = tensors_of(CONFIG)
+    for name in tensors:
+        if name.endswith("LayerNorm.weight"):
+            tensors[name] += 1
+    path = write_hf(tmp_path / "deberta", CONFIG, tensors)
     own_tokenizer().save_pretrained(path)
     return str(path)
 
@@ -132,7 +136,7 @@ def test_an_encoder_learns_to_prefer_and_is_saved_whole(
     trainer = RewardTrainer(
         model=deberta,
         args=RewardConfig(
-            output_dir="reward", per_device_train_batch_size=1, max_steps=12, learning_rate=2e-3,
+            output_dir="reward", per_device_train_batch_size=1, max_steps=12, learning_rate=3e-3,
             logging_steps=1, save_strategy="no", num_layers_unfrozen=1,
         ),
         train_dataset=hh,
