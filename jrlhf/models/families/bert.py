@@ -62,8 +62,7 @@ def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
         type_vocab_size=int(config.get("type_vocab_size", 2)),
         norm_eps=float(config.get("layer_norm_eps", 1e-12)),
         hidden_act=configs.activation(config, "hidden_act"),
-        initializer_range=float(config.get("initializer_range", 0.02)),
-        num_labels=configs.num_labels(config),
+        **configs.common(config),
     )
 
 
