@@ -207,7 +207,7 @@ def test_an_empty_row_has_a_finite_score_and_padding_no_effect(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("config", [DEBERTA, MODERNBERT], ids=lambda c: c["model_type"])
-def test_scores_are_the_same_on_a_mesh_and_nothing_is_read_twice(
+def test_scores_are_the_same_on_a_mesh_that_cuts_the_weights(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config | {"intermediate_size": 32}

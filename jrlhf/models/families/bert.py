@@ -50,7 +50,8 @@ def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
     )
     sizes = configs.sizes(config, _SIZES)
     # RoBERTa counts positions from the id of its padding token + 1.
-    offset = 0 if model_type == "bert" else int(config.get("pad_token_id", 1)) + 1
+    padding = config.get("pad_token_id")
+    offset = 0 if model_type == "bert" else int(1 if padding is None else padding) + 1
     return EncoderSpec(
         model_type=model_type,
         vocab_size=int(config.get("vocab_size", 30522 if model_type == "bert" else 50265)),
