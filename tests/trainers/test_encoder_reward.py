@@ -25,6 +25,7 @@ from tests.models.conftest import tensors_of, write_hf
 from tests.trainers.conftest import TEXTS
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+WIDTH = 192
 CONFIG: dict[str, Any] = {
     "model_type": "deberta-v2",
     "vocab_size": 130,
@@ -32,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 96,
+    "max_position_embeddings": WIDTH,
     "type_vocab_size": 0,
     "layer_norm_eps": 1e-7,
     "relative_attention": True,
@@ -84,7 +85,7 @@ def read_alone(path: str, texts: list[str]) -> np.ndarray:
     model = AutoModelForSequenceClassification.from_pretrained(path)
     tokenizer = model.tokenizer
     tokenizer.padding_side = "left"
-    batch = tokenizer(texts, padding="max_length", max_length=96, return_tensors="np")
+    batch = tokenizer(texts, padding="max_length", max_length=WIDTH, return_tensors="np")
     return np.asarray(model(batch["input_ids"], batch["attention_mask"]).logits)[:, 0]
 
 
@@ -146,7 +147,9 @@ def test_an_encoder_learns_to_prefer_and_is_saved_whole(
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.2
     trainer.save_model()
     texts = [row["chosen"] for row in hh[:4]]
-    ids = trainer.processing_class(texts, padding="max_length", max_length=96, return_tensors="np")
+    ids = trainer.processing_class(
+        texts, padding="max_length", max_length=WIDTH, return_tensors="np"
+    )
     live = trainer.model(ids["input_ids"], ids["attention_mask"]).logits[:, 0]
     np.testing.assert_allclose(read_alone("reward/model", texts), live, rtol=0, atol=1e-5)
 
