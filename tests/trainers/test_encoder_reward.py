@@ -98,6 +98,7 @@ def test_a_deberta_scores_a_ppo_rollout_by_the_text(
         args=PPOConfig(
             output_dir="ppo", batch_size=16, response_length=8, max_steps=1, num_ppo_epochs=1,
             learning_rate=1e-3, logging_steps=1, save_strategy="no", log_completions=True,
+            num_completions_to_print=16,
         ),
         train_dataset=prompts,
     )  # fmt: skip
@@ -105,7 +106,7 @@ def test_a_deberta_scores_a_ppo_rollout_by_the_text(
     lines = Path("ppo/completions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     texts = [row["prompt"] + row["completion"] for row in rows]
-    assert len({row["reward"] for row in rows}) > len(rows) // 2
+    assert len({row["reward"] for row in rows}) > 4
     np.testing.assert_allclose(
         [row["reward"] for row in rows], read_alone(deberta, texts), rtol=0, atol=1e-4
     )
