@@ -396,7 +396,7 @@ class AutoModelForCausalLMWithValueHead(_Auto):
 
 
 class AutoModelForSequenceClassification(_Auto):
-    """Classifiers and reward models (num_labels=1): the score of the last real token."""
+    """Classifiers and reward models (num_labels=1): decoders at the last real token, encoders."""
 
     _choices = {"head": "classifier"}
     _extra = ("num_labels",)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jrlhf.errors import ModelError
 from jrlhf.models.axes import Axes
 from jrlhf.models.build import Net, Params
 from jrlhf.models.encoder import Encoder
@@ -99,14 +98,6 @@ class EncoderNet:
     ) -> Float[Array, "b n"]:
         """The classifier's scores of right-padded rows, float32."""
         return nnx.merge(_graph(self.spec)[0], params).pooled_score(hidden, lengths)
-
-    def head(self, params: Params) -> NoReturn:
-        """Raises ModelError: there is no map to next tokens."""
-        raise ModelError(f"{self.spec.model_type} is an encoder: it has no causal head.")
-
-    def values(self, params: Params, hidden: Array) -> NoReturn:
-        """Raises ModelError: a value is read from the left alone."""
-        raise ModelError(f"{self.spec.model_type} is an encoder: it has no value head.")
 
 
 AnyNet = Net | EncoderNet

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.models.build import combine
-from jrlhf.models.build_encoder import AnyNet
+from jrlhf.models.build import Net, combine
+from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.ops.logps import token_logps
 from jrlhf.types import Batch, Loss, Outputs, PyTree
 
@@ -29,7 +29,7 @@ def outputs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    value_net: AnyNet | None = None,
+    value_net: Net | None = None,
     value_params: PyTree = None,
 ) -> Outputs:
     """Scores the tokens (causal heads) or the rows (classifiers) of a right-padded batch.
@@ -53,7 +53,7 @@ def outputs(
     """
     lead, rows = _rows(batch)
     hidden = _hidden(net, params, rows, trunk=rows.get("trunk"))
-    if net.spec.head == "classifier":
+    if isinstance(net, EncoderNet) or net.spec.head == "classifier":
         scores = net.scores(params, hidden, rows["lengths"])
         labels = scores.shape[-1:] if scores.shape[-1] > 1 else ()
         return Outputs(scores=scores.reshape(lead + labels))
@@ -144,7 +144,7 @@ class Actor:
 
     net: AnyNet
     temperature: float = 1.0
-    value_net: AnyNet | None = None
+    value_net: Net | None = None
 
     @property
     def has_values(self) -> bool:

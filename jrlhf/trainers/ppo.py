@@ -79,7 +79,7 @@ class PPOTrainer(Trainer):
         callbacks: list[Any] | None,
     ) -> None:
         args = start.args
-        actor = Actor(self.model.net, args.temperature, None if value is None else value.net)
+        actor = Actor(self.model.net, args.temperature, None if value is None else value.decoder)
         source = Rollouts(
             actor,
             args,

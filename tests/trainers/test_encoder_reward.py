@@ -25,6 +25,7 @@ from tests.models.conftest import tensors_of, write_hf
 from tests.trainers.conftest import TEXTS
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+WIDTH = 192
 CONFIG: dict[str, Any] = {
     "model_type": "deberta-v2",
     "vocab_size": 130,
@@ -32,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 96,
+    "max_position_embeddings": WIDTH,
     "type_vocab_size": 0,
     "layer_norm_eps": 1e-7,
     "relative_attention": True,
@@ -70,7 +71,11 @@ def own_tokenizer() -> Any:
 @pytest.fixture
 def deberta(tmp_path: Path) -> str:
     """A model directory: weights, config and tokenizer."""
-    path = write_hf(tmp_path / "deberta", CONFIG, tensors_of(CONFIG))
+    tensors = tensors_of(CONFIG)
+    for name in tensors:
+        if name.endswith("LayerNorm.weight"):
+            tensors[name] += 1
+    path = write_hf(tmp_path / "deberta", CONFIG, tensors)
     own_tokenizer().save_pretrained(path)
     return str(path)
 
@@ -80,7 +85,7 @@ def read_alone(path: str, texts: list[str]) -> np.ndarray:
     model = AutoModelForSequenceClassification.from_pretrained(path)
     tokenizer = model.tokenizer
     tokenizer.padding_side = "left"
-    batch = tokenizer(texts, padding="max_length", max_length=96, return_tensors="np")
+    batch = tokenizer(texts, padding="max_length", max_length=WIDTH, return_tensors="np")
     return np.asarray(model(batch["input_ids"], batch["attention_mask"]).logits)[:, 0]
 
 
@@ -93,6 +98,7 @@ def test_a_deberta_scores_a_ppo_rollout_by_the_text(
         args=PPOConfig(
             output_dir="ppo", batch_size=16, response_length=8, max_steps=1, num_ppo_epochs=1,
             learning_rate=1e-3, logging_steps=1, save_strategy="no", log_completions=True,
+            num_completions_to_print=16,
         ),
         train_dataset=prompts,
     )  # fmt: skip
@@ -100,7 +106,7 @@ def test_a_deberta_scores_a_ppo_rollout_by_the_text(
     lines = Path("ppo/completions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     texts = [row["prompt"] + row["completion"] for row in rows]
-    assert len({row["reward"] for row in rows}) > len(rows) // 2
+    assert len({row["reward"] for row in rows}) > 4
     np.testing.assert_allclose(
         [row["reward"] for row in rows], read_alone(deberta, texts), rtol=0, atol=1e-4
     )
@@ -132,7 +138,7 @@ def test_an_encoder_learns_to_prefer_and_is_saved_whole(
     trainer = RewardTrainer(
         model=deberta,
         args=RewardConfig(
-            output_dir="reward", per_device_train_batch_size=1, max_steps=12, learning_rate=2e-3,
+            output_dir="reward", per_device_train_batch_size=1, max_steps=12, learning_rate=3e-3,
             logging_steps=1, save_strategy="no", num_layers_unfrozen=1,
         ),
         train_dataset=hh,
@@ -142,7 +148,9 @@ def test_an_encoder_learns_to_prefer_and_is_saved_whole(
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.2
     trainer.save_model()
     texts = [row["chosen"] for row in hh[:4]]
-    ids = trainer.processing_class(texts, padding="max_length", max_length=96, return_tensors="np")
+    ids = trainer.processing_class(
+        texts, padding="max_length", max_length=WIDTH, return_tensors="np"
+    )
     live = trainer.model(ids["input_ids"], ids["attention_mask"]).logits[:, 0]
     np.testing.assert_allclose(read_alone("reward/model", texts), live, rtol=0, atol=1e-5)
 

@@ -50,7 +50,8 @@ def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
     )
     sizes = configs.sizes(config, _SIZES)
     # RoBERTa counts positions from the id of its padding token + 1.
-    offset = 0 if model_type == "bert" else int(config.get("pad_token_id", 1)) + 1
+    padding = config.get("pad_token_id")
+    offset = 0 if model_type == "bert" else int(1 if padding is None else padding) + 1
     return EncoderSpec(
         model_type=model_type,
         vocab_size=int(config.get("vocab_size", 30522 if model_type == "bert" else 50265)),
@@ -62,8 +63,7 @@ def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
         type_vocab_size=int(config.get("type_vocab_size", 2)),
         norm_eps=float(config.get("layer_norm_eps", 1e-12)),
         hidden_act=configs.activation(config, "hidden_act"),
-        initializer_range=float(config.get("initializer_range", 0.02)),
-        num_labels=configs.num_labels(config),
+        **configs.common(config),
     )
 
 

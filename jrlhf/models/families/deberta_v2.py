@@ -80,8 +80,7 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
         conv_kernel_size=width,
         conv_act=configs.activation(config, "conv_act", "tanh"),
         pooler_act=configs.activation(config, "pooler_hidden_act"),
-        initializer_range=float(config.get("initializer_range", 0.02)),
-        num_labels=configs.num_labels(config),
+        **configs.common(config),
     )
 
 

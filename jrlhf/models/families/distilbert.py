@@ -52,8 +52,7 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
         embedding_size=sizes["hidden_size"],
         hidden_act=configs.activation(config, "activation"),
         pooler_act="relu",
-        initializer_range=float(config.get("initializer_range", 0.02)),
-        num_labels=configs.num_labels(config),
+        **configs.common(config),
     )
 
 

@@ -68,10 +68,13 @@ def heads(hidden_size: int, count: int) -> dict[str, Any]:
     return {"num_attention_heads": count, "head_dim": hidden_size // count}
 
 
-def num_labels(config: Mapping[str, Any]) -> int:
-    """Scores of the classifier, transformers' 2 where the config does not say."""
+def common(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What every family says alike; 2 labels where the config names none, as transformers."""
     labels = config.get("id2label")
-    return len(labels) if labels else int(config.get("num_labels") or 2)
+    return {
+        "initializer_range": float(config.get("initializer_range", 0.02)),
+        "num_labels": len(labels) if labels else int(config.get("num_labels") or 2),
+    }
 
 
 def shared(spec: EncoderSpec, architecture: str) -> dict[str, Any]:

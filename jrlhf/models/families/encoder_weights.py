@@ -20,7 +20,7 @@ Names = Mapping[str, str]
 class LaterLayers(Weight):
     """A layered tensor that the first layer does not have; our stack keeps its place at 1."""
 
-    def places(self, spec: Any) -> Iterator[tuple[str, Path, int | None]]:
+    def places(self, spec: Any) -> Iterator[tuple[str, Path, Any]]:
         first = self.name.format(layer=0)
         return (place for place in super().places(spec) if place[0] != first)
 

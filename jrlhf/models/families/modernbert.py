@@ -76,8 +76,7 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
         pooling={"cls": "first"}.get(pooling, pooling),
         pooler_act=configs.activation(config, "classifier_activation"),
         pooler_norm=True,
-        initializer_range=float(config.get("initializer_range", 0.02)),
-        num_labels=configs.num_labels(config),
+        **configs.common(config),
     )
 
 
