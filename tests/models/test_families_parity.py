@@ -5,6 +5,8 @@ Models are tiny and random, with norms and biases off their starting values; the
 float64, one document at a time, so that it has no padding to get wrong.
 """
 
+# Over budget: half of it is the table of cases.
+
 from __future__ import annotations
 
 import functools
@@ -395,3 +397,68 @@ def test_logits_loss_gradients_and_export_equal_transformers(family, flags):
 @pytest.mark.parametrize(("family", "flags"), GREEDY)
 def test_64_of_64_greedy_tokens_equal_transformers_generate(family, flags):
     assert greedy_agreement(family, flags) == NEW
+
+
+def classifiers():
+    for family in CASES:
+        names = type(transformers.AutoConfig.for_model(family)).__name__.removesuffix("Config")
+        for kind in ("SequenceClassification", "TokenClassification"):
+            if hasattr(transformers, f"{names}For{kind}"):
+                yield family, kind
+
+
+@pytest.mark.parametrize(("family", "kind"), classifiers())
+def test_classifiers_pass_both_ways(family, kind, tmp_path):
+    """Names and shapes for all; scores for four that differ in how they name or run things."""
+    flags = next(iter(CASES[family]))
+    head, labels = ("classifier", 1) if kind.startswith("Seq") else ("tokens", 3)
+    model = theirs(family, flags, kind=kind, num_labels=labels)
+    model.save_pretrained(tmp_path / "theirs")
+    net, params, source = load_pretrained(tmp_path / "theirs", head=head)
+    assert net.spec.num_labels == labels
+    save_pretrained(tmp_path / "ours", net, params, source=source)
+    assert same(reload(kind, tmp_path / "ours"), model.state_dict())
+    if family not in ("gemma2", "gpt2", "gpt_neox", "gpt_oss"):
+        return
+    ids = rows()[0]["ids"][:1]
+    expected = model.double()(torch.tensor(ids).long()).logits.detach().numpy()
+
+    def scores(params):
+        hidden = net.hidden(params, ids)
+        if head == "tokens":
+            return net.token_scores(params, hidden)
+        return net.scores(params, hidden, jnp.array([ids.shape[1]]))
+
+    assert relative(quick_jit(scores)(params), expected) <= 1e-5
+
+
+def test_the_committed_table_names_every_case():
+    text = DOCS.read_text(encoding="utf-8")
+    missing = [named for named in NAMED if f"| {named[0]} | {plain(named[1])} |" not in text]
+    assert not missing, "write docs/models.md anew: see its head"
+
+
+def plain(flags):
+    return flags.removesuffix(" *")
+
+
+def table():
+    """Markdown rows of everything that is measured here."""
+    lines = [
+        "| model_type | flags | logits | loss | gradients | greedy tokens | export |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family, flags in NAMED:
+        found = measure(family, flags)
+        numbers = [f"{found[key]:.0e}" for key in ("logits", "loss", "gradients")]
+        tokens = f"{greedy_agreement(family, flags)} of {NEW}" if (family, flags) in GREEDY else ""
+        bitwise = "bitwise" if found["reload"] else "DIFFERS"
+        lines.append("| " + " | ".join((family, plain(flags), *numbers, tokens, bitwise)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    begin, end = "<!-- decoders: begin -->\n", "<!-- decoders: end -->\n"
+    text = DOCS.read_text(encoding="utf-8")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    DOCS.write_text(before + begin + table() + end + after, encoding="utf-8")
