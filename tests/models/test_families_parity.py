@@ -285,7 +285,7 @@ def worst_gradient(ours, expected):
     top = max(np.abs(leaf).max() for leaf in expected)
     sizes = [np.abs(leaf).max() for leaf in expected]
     return max(
-        float(np.abs(got - wanted).max() / (size if size > 1e-9 * top else top))
+        float(np.abs(got - wanted).max() / (size if size > 1e-6 * top else top))
         for got, wanted, size in zip(ours, expected, sizes, strict=True)
     )
 
