@@ -92,11 +92,11 @@ def score(
 
 @functools.partial(jax.jit, static_argnames=("net", "mesh"))
 def below(
-    net: Net, params: PyTree, ids: jax.Array, *, mesh: jax.sharding.Mesh | None = None
+    net: Net, params: PyTree, batch: Batch, *, mesh: jax.sharding.Mesh | None = None
 ) -> jax.Array:
     """`net.trunk` of finished sequences."""
     with devices.active(mesh):
-        return net.trunk(params, ids)
+        return net.trunk(params, batch["ids"], lengths=batch["lengths"])
 
 
 # What a rollout may keep of its trunk states, over all processes. Beyond it they are computed anew
@@ -180,7 +180,7 @@ class Rollouts:
             self._buffer = self.collect(rollout, state.params)
             self._rollout = rollout
         if "trunk" not in self._buffer:  # after a resume
-            self._buffer |= self._below(state.params, self._buffer["ids"])
+            self._buffer |= self._below(state.params, self._buffer)
         epoch, number = divmod(place, self.plan.batches)
         start = number * self.plan.batch_rows
         rows = self.plan.order(rollout, epoch)[start : start + self.plan.batch_rows]
@@ -222,7 +222,7 @@ class Rollouts:
         rewards = rewards._replace(table=whole(rewards.table), total=whole(rewards.total))
         batch = {name: whole(x) for name, x in self._arrays(done).items()}
         batch["rewards"] = rewards.total
-        trunk = self._below(trainable, batch["ids"])
+        trunk = self._below(trainable, batch)
         batch |= self._scored(trainable, batch | trunk)
         credited, values = self._credit(batch)
         values = values | {
@@ -307,17 +307,19 @@ class Rollouts:
             batch["terminated"][i] = completion.finished
         return batch
 
-    def _below(self, trainable: PyTree, ids: np.ndarray) -> Arrays:
+    def _below(self, trainable: PyTree, batch: Arrays) -> Arrays:
         """The policy's trunk states, one pass for all epochs; nothing where that does not pay."""
         net = self.actor.net
-        size = ids.size * net.spec.hidden_size * 4
+        size = batch["ids"].size * net.spec.hidden_size * 4
         if not net.spec.trunk_layers or self.actor.value_net is not None or size > TRUNK_BYTES:
             return {}
         params = self.actor.policy(trainable, self.frozen)
         parts = []
         for start in range(0, self.plan.rows, self.plan.micro_rows):
-            rows = ids[start : start + self.plan.micro_rows][devices.own_rows(self.plan.micro_rows)]
-            placed = devices.put(self.mesh, {"ids": rows})["ids"]
+            chunk = slice(start, start + self.plan.micro_rows)
+            own = devices.own_rows(self.plan.micro_rows)
+            rows = {name: batch[name][chunk][own] for name in ("ids", "lengths")}
+            placed = devices.put(self.mesh, rows)
             states = devices.to_host(below(net, params, placed, mesh=self.mesh))
             parts.append(devices.gather_rows(states))
         return {"trunk": np.concatenate(parts)}
