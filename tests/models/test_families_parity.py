@@ -264,7 +264,13 @@ def reload(kind, directory):
     loader = getattr(transformers, f"AutoModelFor{kind}")
     model, info = loader.from_pretrained(directory, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
-    return model.state_dict()
+    model.config._attn_implementation = model.config._experts_implementation = "eager"
+    return model
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(rows()[0]["ids"][:1]).long()).logits
 
 
 def same(state, other):
@@ -302,6 +308,7 @@ def _measure(family, flags, directory):
     model = theirs(family, flags)
     model.save_pretrained(directory / "theirs")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = their_logits(model)
     logits, loss = oracle(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -327,11 +334,12 @@ def _measure(family, flags, directory):
     loss_here = -float(np.sum(np.asarray(logps), where=scored, dtype=np.float64)) / scored.sum()
     expected = load_pretrained(directory / "gradients")[1]
     save_pretrained(directory / "ours", net, params, source=source)
+    again = reload("CausalLM", directory / "ours")
     return {
         "logits": relative(np.asarray(ours)[real], logits[real]),
         "loss": abs(loss_here - loss),
         "gradients": worst_gradient(gradients, expected),
-        "reload": same(reload("CausalLM", directory / "ours"), state),
+        "reload": same(again.state_dict(), state) and torch.equal(their_logits(again), first),
     }
 
 
@@ -432,7 +440,7 @@ def test_classifiers_pass_both_ways(family, kind, tmp_path):
     net, params, source = load_pretrained(tmp_path / "theirs", head=head)
     assert net.spec.num_labels == labels
     save_pretrained(tmp_path / "ours", net, params, source=source)
-    assert same(reload(kind, tmp_path / "ours"), model.state_dict())
+    assert same(reload(kind, tmp_path / "ours").state_dict(), model.state_dict())
     if family not in ("gemma2", "gpt2", "gpt_neox", "gpt_oss"):
         return
     ids = rows()[0]["ids"][:1]

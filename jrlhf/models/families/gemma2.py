@@ -81,9 +81,14 @@ def shared(spec: DecoderSpec) -> dict[str, Any]:
     scalar = (spec.attention_scale or spec.head_dim**-0.5) ** -2
     return {
         "query_pre_attn_scalar": round(scalar),
-        "sliding_window": window_of(spec),
-        "layer_types": layer_types(spec),
+        **typed_windows(spec),
     }
+
+
+def typed_windows(spec: DecoderSpec) -> dict[str, Any]:
+    """The layers' types, and the window where one has it: transformers refuses null here."""
+    own = {"sliding_window": window_of(spec)} if any(spec.windows) else {}
+    return own | {"layer_types": layer_types(spec)}
 
 
 def weights(spec: DecoderSpec) -> tuple[Weight, ...]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jrlhf.models.families.gemma2 import typed_windows
 from jrlhf.models.families.keys import (
     FULL,
     SLIDING,
     classes,
-    layer_types,
     read_keys,
     read_windows,
-    window_of,
     with_defaults,
     write_keys,
 )
@@ -78,8 +77,7 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
     assert spec.moe is not None
     return write_keys(spec, KEYS, classes("GptOss")) | {
         "rope_parameters": write_rope(spec.rope),
-        "sliding_window": window_of(spec),
-        "layer_types": layer_types(spec),
+        **typed_windows(spec),
         "num_local_experts": spec.moe.num_experts,
         "num_experts_per_tok": spec.moe.experts_per_token,
         "swiglu_limit": spec.moe.clamp,
