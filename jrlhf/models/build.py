@@ -17,13 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jrlhf.errors import ModelError
 from jrlhf.models.axes import Axes
 from jrlhf.models.cache import Cache
 from jrlhf.models.decoder import Context, Decoder
 from jrlhf.models.heads import last_token
+from jrlhf.models.lora import tree as lora
+from jrlhf.models.lora.config import LoraConfig
+from jrlhf.models.lora.layer import dropping
+from jrlhf.models.lora.plan import Adapter, Linears, plan
 from jrlhf.models.rope import rotation
 from jrlhf.models.spec import DecoderSpec
 
@@ -31,18 +35,23 @@ Params = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=64)
-def _graph(spec: DecoderSpec, unrolled: bool) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+def _graph(
+    spec: DecoderSpec, adapters: tuple[Adapter, ...], unrolled: bool
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """The static half of the module and its abstract state."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(spec, jax.random.key(0), unrolled=unrolled)))
+
+    def make() -> Decoder:
+        module = Decoder(spec, jax.random.key(0), unrolled=unrolled)
+        lora.attach(module, adapters, unrolled=unrolled)
+        return module
+
+    return nnx.split(nnx.eval_shape(make))
 
 
-def _module(spec: DecoderSpec, params: Params) -> Decoder:
-    """Merges params into a module, for the duration of one traced call."""
-    layers = params.get("layers")
-    if isinstance(layers, list | tuple):
-        params = {**params, "layers": dict(enumerate(layers))}
-        return nnx.merge(_graph(spec, True)[0], params)
-    return nnx.merge(_graph(spec, False)[0], params)
+@functools.lru_cache(maxsize=64)
+def linear_maps(spec: DecoderSpec) -> tuple[Linears, ...]:
+    """What adapters can adapt: every linear map of the layers, by its checkpoint's names."""
+    return tuple(lora.linears(spec, nnx.eval_shape(lambda: Decoder(spec, jax.random.key(0)))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +62,56 @@ class Net:
     down}}` stacked [l ...], `norm.scale`, and as the spec says `trunk` (like `layers`),
     `head.kernel [d v]`, `score.kernel [d n]`, `value.{kernel [d 1], bias [1]}`. Kernels are
     [inputs..., outputs...]: q [d h e], k and v [d k e], o [h e d], gate and up [d f], down [f d].
+    With adapters there is also `adapters.{name}`, see `models/lora/tree.py`.
+
+    Attributes:
+        spec: the base.
+        adapters: the active ones, in the order in which they are added. Trees of others may lie in
+            params; they are left alone. Without any the net is the base.
     """
 
     spec: DecoderSpec
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def base(self) -> Net:
+        """The net with every adapter off; it takes the same params."""
+        return Net(self.spec)
+
+    def adapter(self, config: LoraConfig, *, name: str = "default", strict: bool = True) -> Adapter:
+        """Plans an adapter; see `lora.plan.plan` for the arguments and errors."""
+        return plan(
+            config,
+            linear_maps(self.spec),
+            lora.weights(self.spec),
+            model_type=self.spec.model_type,
+            tied=self.spec.tie_word_embeddings and self.spec.head == "causal",
+            name=name,
+            strict=strict,
+        )
 
     def init(self, key: Array) -> Params:
         """Draws float32 weights: N(0, initializer_range^2), norms 1, biases 0, as transformers."""
-        return nnx.to_pure_dict(nnx.split(Decoder(self.spec, key))[1])
+        params = nnx.to_pure_dict(nnx.split(Decoder(self.spec, key))[1])
+        if not self.adapters:
+            return params
+        own = {adapter.name: lora.init(adapter, params, key) for adapter in self.adapters}
+        return {**params, lora.KEY: own}
 
     def abstract(self) -> Params:
         """Shapes and dtypes of `init`, without computing anything."""
-        return nnx.to_pure_dict(_graph(self.spec, False)[1])
+        state = nnx.to_pure_dict(_graph(self.spec, self.adapters, False)[1])
+        return lora.unweave(state, self.adapters)
 
     def axes(self) -> dict[str, Any]:
         """Logical axis names, a tuple per parameter, in the structure of params."""
-        state = _graph(self.spec, False)[1]
+        state = _graph(self.spec, self.adapters, False)[1]
 
         def names(variable: nnx.Variable[Any]) -> Axes:
             return variable.get_metadata()["axes"]
 
         named = jax.tree.map(names, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        return nnx.to_pure_dict(named)
+        return lora.unweave(nnx.to_pure_dict(named), self.adapters)
 
     def hidden(
         self,
@@ -83,6 +121,7 @@ class Net:
         segments: Int[Array, "b s"] | None = None,
         positions: Int[Array, "b s"] | None = None,
         lengths: Int[Array, " b"] | None = None,
+        dropout: UInt32[Array, "b 2"] | None = None,
     ) -> Float[Array, "b s d"]:
         """Hidden states after the final norm, in the compute dtype.
 
@@ -95,24 +134,26 @@ class Net:
             positions: RoPE position of each token; 0, 1, ... by default.
             lengths: accepted so that callers can pass a batch as it is; causality makes it
                 redundant for right-padded rows.
+            dropout: raw data of one key per row, in training; None: adapters drop nothing.
 
         Returns:
             [b s d]; at padding the values are finite and mean nothing.
         """
         del lengths
-        return _module(self.spec, params).hidden(ids, self._context(ids, segments, positions))
+        with dropping(dropout):
+            return self._module(params).hidden(ids, self._context(ids, segments, positions))
 
     def head(self, params: Params) -> Float[Array, "d v"]:
         """The map from hidden states to logits, in the compute dtype."""
         if self.spec.head != "causal":
             raise ModelError("A classifier has no causal head: load it with head='causal'.")
-        return _module(self.spec, params).head_kernel()
+        return self._module(params).head_kernel()
 
     def values(self, params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
         """Value estimates of hidden states, float32."""
         if not self.spec.value_head:
             raise ModelError("This model has no value head: load it with value_head=True.")
-        return _module(self.spec, params).value(hidden)[..., 0]
+        return self._module(params).value(hidden)[..., 0]
 
     def scores(
         self, params: Params, hidden: Float[Array, "b s d"], lengths: Int[Array, " b"]
@@ -124,7 +165,7 @@ class Net:
         """
         if self.spec.head != "classifier":
             raise ModelError("This model has no classifier: load it with head='classifier'.")
-        return _module(self.spec, params).score(last_token(hidden, lengths))
+        return self._module(params).score(last_token(hidden, lengths))
 
     def prefill(
         self, params: Params, ids: Int[Array, "b s"], lengths: Int[Array, " b"], *, cache_size: int
@@ -143,7 +184,7 @@ class Net:
         del lengths
         if cache_size < ids.shape[1]:
             raise ModelError(f"cache_size={cache_size} is less than the {ids.shape[1]} prompt ids.")
-        module = _module(self.spec, params)
+        module = self._module(params)
         return module.prefill(ids, self._context(ids, None, None), cache_size=cache_size)
 
     def decode(
@@ -171,7 +212,7 @@ class Net:
         """
         angles = rotation(positions[:, None], rope=self.spec.rope, head_dim=self.spec.head_dim)
         context = Context(angles, valid=valid, slot=jnp.asarray(slot, jnp.int32))
-        hidden, cache = _module(self.spec, params).decode(ids[:, None], context, cache)
+        hidden, cache = self._module(params).decode(ids[:, None], context, cache)
         return hidden[:, 0], cache
 
     def unstack(self, params: Params) -> Params:
@@ -180,6 +221,7 @@ class Net:
         Slicing a stack costs a copy of the weights at every token; here it is paid once per
         rollout. Norms, biases, the value head and the classifier keep their own type.
         """
+        params = lora.weave(params, self.adapters, ready=True)
         cast = {key: value for key, value in params.items() if key not in ("trunk", "layers")}
         layers: list[Any] = []
         for name in ("trunk", "layers"):
@@ -192,10 +234,19 @@ class Net:
 
         def lower(path: tuple[Any, ...], leaf: Array) -> Array:
             names = {str(getattr(key, "key", "")) for key in path}
-            is_dot = bool(names & {"kernel", "table"}) and not names & {"value", "score"}
+            is_dot = bool(names & {"kernel", "table", "a", "b"}) and not names & {"value", "score"}
             return leaf.astype(self.spec.dtype) if is_dot else leaf
 
         return jax.tree_util.tree_map_with_path(lower, cast)
+
+    def _module(self, params: Params) -> Decoder:
+        """Merges params into a module, for the duration of one traced call."""
+        params = lora.weave(params, self.adapters)
+        layers = params.get("layers")
+        if isinstance(layers, list | tuple):
+            params = {**params, "layers": dict(enumerate(layers))}
+            return nnx.merge(_graph(self.spec, self.adapters, True)[0], params)
+        return nnx.merge(_graph(self.spec, self.adapters, False)[0], params)
 
     def _context(
         self,
@@ -213,17 +264,30 @@ class Net:
 def partition(params: Params, net: Net) -> tuple[Params, Params]:
     """Splits params into (trainable, frozen).
 
-    With `trunk_layers` the trunk and the embedding (which is the head too when tied) are frozen;
+    With adapters the active ones are trainable, and a value head, which is always new. Else, with
+    `trunk_layers`, the trunk and the embedding (which is the head too when tied) are frozen;
     otherwise everything is trainable. Both halves are plain sub-dicts, so they can be passed to a
     jitted function apart: gradients with respect to `trainable` never enter the trunk.
     """
-    frozen = {"trunk", "embed"} if net.spec.trunk_layers else set()
+    if net.adapters:
+        names = {adapter.name for adapter in net.adapters}
+        held = params[lora.KEY]
+        trainable = {key: params[key] for key in ("value",) if key in params}
+        trainable[lora.KEY] = {name: held[name] for name in held if name in names}
+        frozen = {key: value for key, value in params.items() if key not in trainable}
+        frozen[lora.KEY] = {name: held[name] for name in held if name not in names}
+        return trainable, frozen
+    below = {"trunk", "embed"} if net.spec.trunk_layers else set()
     return (
-        {key: value for key, value in params.items() if key not in frozen},
-        {key: value for key, value in params.items() if key in frozen},
+        {key: value for key, value in params.items() if key not in below},
+        {key: value for key, value in params.items() if key in below},
     )
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
     """Puts the two halves of `partition` together again."""
-    return {**frozen, **trainable}
+    whole = {**frozen, **trainable}
+    if lora.KEY in whole:
+        halves = (half.get(lora.KEY, {}) for half in (frozen, trainable))
+        whole[lora.KEY] = {name: tree for half in halves for name, tree in half.items()}
+    return whole
