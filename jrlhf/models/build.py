@@ -28,6 +28,7 @@ from jrlhf.models.lora import tree as lora
 from jrlhf.models.lora.config import LoraConfig
 from jrlhf.models.lora.layer import dropping
 from jrlhf.models.lora.plan import Adapter, Linears, plan
+from jrlhf.models.quantize import is_quantized
 from jrlhf.models.rope import rotation
 from jrlhf.models.spec import DecoderSpec
 
@@ -77,6 +78,11 @@ class Net:
     def base(self) -> Net:
         """The net with every adapter off; it takes the same params."""
         return Net(self.spec)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a training step drops inputs (of adapters), and so needs keys."""
+        return any(adapter.dropout for adapter in self.adapters)
 
     def adapter(self, config: LoraConfig, *, name: str = "default", strict: bool = True) -> Adapter:
         """Plans an adapter; see `lora.plan.plan` for the arguments and errors."""
@@ -232,12 +238,14 @@ class Net:
                 ]
         cast["layers"] = layers
 
-        def lower(path: tuple[Any, ...], leaf: Array) -> Array:
+        def lower(path: tuple[Any, ...], leaf: Any) -> Any:
+            if is_quantized(leaf):
+                return leaf
             names = {str(getattr(key, "key", "")) for key in path}
             is_dot = bool(names & {"kernel", "table", "a", "b"}) and not names & {"value", "score"}
             return leaf.astype(self.spec.dtype) if is_dot else leaf
 
-        return jax.tree_util.tree_map_with_path(lower, cast)
+        return jax.tree_util.tree_map_with_path(lower, cast, is_leaf=is_quantized)
 
     def _module(self, params: Params) -> Decoder:
         """Merges params into a module, for the duration of one traced call."""
@@ -259,6 +267,19 @@ class Net:
             positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
         angles = rotation(positions, rope=self.spec.rope, head_dim=self.spec.head_dim)
         return Context(angles, segments)
+
+
+def restack(params: Params, trunk: int) -> Params:
+    """Moves the border between the frozen lower layers and the rest."""
+    stacks = [params[name] for name in ("trunk", "layers") if name in params]
+    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+    out = {name: value for name, value in params.items() if name not in ("trunk", "layers")}
+    count = jax.tree.leaves(whole)[0].shape[0]
+    if trunk:
+        out["trunk"] = jax.tree.map(lambda x: x[:trunk], whole)
+    if trunk < count:
+        out["layers"] = jax.tree.map(lambda x: x[trunk:], whole)
+    return out
 
 
 def partition(params: Params, net: Net) -> tuple[Params, Params]:

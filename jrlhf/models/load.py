@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jrlhf.errors import ConfigError, MissingWeightError
+from jrlhf.errors import ConfigError, MissingWeightError, ModelError
 from jrlhf.models import hub
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build import Net
@@ -24,6 +24,7 @@ from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
 from jrlhf.models.hf.reader import Checkpoint, SafetensorsCheckpoint
+from jrlhf.models.quantize import holds_quantized
 from jrlhf.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -118,9 +119,9 @@ def load_pretrained(
     abstract = net.abstract()
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
-    leaves = _flatten(placed)
+    leaves = flatten(placed)
     filled: dict[Keys, jax.Array] = {}
-    for path, leaf in _flatten(abstract).items():
+    for path, leaf in flatten(abstract).items():
         places = {at: (row, names[name]) for row, name, at in _places(spec, path) if name in names}
         if places or leaf.size == 0:
             filled[path] = _fill(leaf.shape, leaves[path], checkpoint, places, param_dtype)
@@ -129,7 +130,7 @@ def load_pretrained(
     source = Source(
         checkpoint.kind, checkpoint.path, checkpoint.config, checkpoint.generation_config
     )
-    return net, _nest(filled), source
+    return net, nest(filled), source
 
 
 def _trunk_layers(unfrozen: int, layers: int) -> int:
@@ -254,19 +255,21 @@ def _draw(
         return {}
 
     def draw(key: jax.Array) -> list[jax.Array]:
-        leaves = _flatten(net.init(key))
+        leaves = flatten(net.init(key))
         return [leaves[path].astype(dtype) for path in paths]
 
     drawn = jax.jit(draw, out_shardings=[shardings[path] for path in paths])(key)
     return dict(zip(paths, drawn, strict=True))
 
 
-def _flatten(tree: Params) -> dict[Keys, Any]:
+def flatten(tree: Params) -> dict[Keys, Any]:
+    """{path: leaf} of a nested dict."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _nest(leaves: Mapping[Keys, Any]) -> Params:
+def nest(leaves: Mapping[Keys, Any]) -> Params:
+    """Undoes `flatten`."""
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree
@@ -304,6 +307,10 @@ def save_pretrained(
     """
     if dtype not in SAVE_DTYPES:
         raise ConfigError(f"dtype={dtype!r} cannot be saved; known: {', '.join(SAVE_DTYPES)}.")
+    if holds_quantized(params):
+        raise ModelError(
+            "A quantised base cannot be saved: save the adapter, or merge_and_unload() first."
+        )
     max_bytes = writer.parse_size(max_shard_size)
     directory = Path(directory).expanduser()
     values = _export(net, params, np.dtype(dtype))
@@ -350,7 +357,7 @@ def _write(
 
 def _leaf_order(net: Net) -> list[tuple[Keys, list[tuple[Weight, str, int | None]]]]:
     """Leaves with their tensors: the order of the export, one leaf in host memory at a time."""
-    return [(path, list(_places(net.spec, path))) for path in _flatten(net.abstract())]
+    return [(path, list(_places(net.spec, path))) for path in flatten(net.abstract())]
 
 
 def _tensors(net: Net, itemsize: int) -> list[writer.Tensor]:
@@ -363,14 +370,15 @@ def _tensors(net: Net, itemsize: int) -> list[writer.Tensor]:
 
 def _export(net: Net, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor in the checkpoint's layout."""
-    leaves = _flatten(params)
+    leaves = flatten(params)
     for path, places in _leaf_order(net):
-        value = _to_host(leaves[path])
+        value = to_host(leaves[path])
         for row, name, at in places:
             yield name, _cast(row.to_hf(value if at is None else value[at]), dtype, name)
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
+    """A whole array on every process's host."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return jax.device_get(array)
     from jax.experimental import multihost_utils

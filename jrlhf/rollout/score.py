@@ -10,6 +10,7 @@ of a rollout's first update is exactly 1 on every platform.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
@@ -38,7 +39,8 @@ def outputs(
         params: its parameters.
         batch: `ids [... s]` and `lengths [...]`; for packed rows `segments` and `positions [... s]`
             (segment 0 is padding, a document's first token is not scored); for rollouts
-            `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none.
+            `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none;
+            in a training step `dropout [b 2]`, see `train.step.make_step`.
             Leading axes (pairs) are flattened into rows and restored.
         temperature: divides the logits, as in the sampler.
         entropy: also returns the entropy of each token's distribution.
@@ -88,7 +90,22 @@ def _rows(batch: Batch) -> tuple[tuple[int, ...], dict[str, Array]]:
     lead = batch["ids"].shape[:-1]
     names = ("ids", "lengths", "segments", "positions", "slots")
     given = {name: jnp.asarray(batch[name]) for name in names if name in batch}
-    return lead, {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in given.items()}
+    rows = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in given.items()}
+    if "dropout" in batch:
+        rows["dropout"] = _keys_of_members(batch["dropout"], lead)
+    return lead, rows
+
+
+def _keys_of_members(keys: Array, lead: tuple[int, ...]) -> Array:
+    """One dropout key per row from one per example: the members of a pair drop independently."""
+    count = math.prod(lead[1:])
+
+    def spread(key: Array) -> Array:
+        own = jax.random.wrap_key_data(key, impl="threefry2x32")
+        members = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(count))
+        return jax.random.key_data(members)
+
+    return jax.vmap(spread)(keys).reshape(-1, 2)
 
 
 def _hidden(net: Net, params: PyTree, rows: dict[str, Array]) -> Float[Array, "b s d"]:
@@ -98,6 +115,7 @@ def _hidden(net: Net, params: PyTree, rows: dict[str, Array]) -> Float[Array, "b
         lengths=rows["lengths"],
         segments=rows.get("segments"),
         positions=rows.get("positions"),
+        dropout=rows.get("dropout"),
     )
 
 

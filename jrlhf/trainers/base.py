@@ -24,6 +24,7 @@ from jrlhf.train.loop import Loop, TrainOutput
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.state import TrainState, new_state, state_shardings
 from jrlhf.train.step import make_evaluation, make_step
+from jrlhf.trainers import adapters
 from jrlhf.types import Batch, PyTree
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Trainer:
             mesh=mesh,
             shardings=self._shardings,
             schedule=schedule,
+            dropout=self.args.seed if self.model.net.drops else None,
         )
         self._sums = make_evaluation(loss, mesh=mesh)
         self._frozen, self._evaluation = frozen, evaluation
@@ -123,6 +125,7 @@ class Trainer:
             evaluate=self._evaluate if evaluation else None,
             callbacks=callbacks or (),
             context={"model": self.model, "processing_class": self.processing_class},
+            about=adapters.about(self.model),
         )
 
     def _mesh(self) -> jax.sharding.Mesh:

@@ -40,6 +40,7 @@ class RewardTrainer(Trainer):
         eval_dataset: the same, for `evaluate`.
         processing_class: the tokenizer; None: the model's.
         callbacks: objects with transformers' `TrainerCallback` methods.
+        peft_config: a `jrlhf.peft.LoraConfig`: only a new adapter is trained and saved.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class RewardTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[Any] | None = None,
+        peft_config: Any = None,
         **old: Any,
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
-                 "processing_class": processing_class}  # fmt: skip
+                 "processing_class": processing_class,
+                 "peft_config": peft_config}  # fmt: skip
         start = setup.start("RewardTrainer", RewardConfig, "Reward", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         tokenizer = encoder(start.tokenizer, start.args.chat_template_path)
@@ -67,7 +70,12 @@ class RewardTrainer(Trainer):
         data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
         self.model = setup.open_model(
-            start.model, start.args, start.mesh, head="classifier", face="RewardTrainer"
+            start.model,
+            start.args,
+            start.mesh,
+            head="classifier",
+            face="RewardTrainer",
+            peft_config=start.given["peft_config"],
         )
         setup.one_label(self.model, "RewardTrainer")
         self._prepare(

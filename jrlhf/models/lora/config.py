@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jrlhf.config import config, to_dict
-from jrlhf.errors import ConfigError, MissingFileError, UnsupportedFieldError, suggest
+from jrlhf.errors import ConfigError, MissingFileError, ModelError, UnsupportedFieldError, suggest
 from jrlhf.models.hf.reader import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -95,8 +95,10 @@ class LoraConfig:
     REFUSED = _REFUSED
 
     def __post_init__(self) -> None:
+        # PEFT's TaskType is a string too, whose text is its name with the class in front.
+        object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.ranks.items()}}
-        alphas = {
+        alphas: dict[str, float] = {
             "lora_alpha": self.lora_alpha,
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alphas.items()},
         }
@@ -106,7 +108,7 @@ class LoraConfig:
             _require(value > 0, name, "must be positive", value)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)",
                  self.lora_dropout)  # fmt: skip
-        if self.task_type is not None and str(self.task_type) not in TASK_TYPES:
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(
                 f"LoraConfig.task_type must be one of {TASK_TYPES}, got {self.task_type!r}."
                 + suggest(str(self.task_type), TASK_TYPES)
@@ -145,7 +147,7 @@ class LoraConfig:
 
     def replace(self, **changes: Any) -> LoraConfig:
         """Returns a copy with the named fields changed and checked again."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 def _require(ok: bool, name: str, rule: str, value: object) -> None:
@@ -153,33 +155,61 @@ def _require(ok: bool, name: str, rule: str, value: object) -> None:
         raise ConfigError(f"LoraConfig.{name} {rule}, got {value!r}.")
 
 
+def as_config(given: Any) -> LoraConfig:
+    """A LoraConfig as it is; PEFT's own, or a dict of its fields, as ours.
+
+    Raises:
+        UnsupportedFieldError: another method than LoRA, or a variant that is not implemented.
+        ConfigError: a key that nobody knows, or something else than a config.
+    """
+    if isinstance(given, LoraConfig):
+        return given
+    values = given.to_dict() if callable(getattr(given, "to_dict", None)) else given
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"peft_config must be a LoraConfig, got {type(given).__name__}.")
+    method = values.get("peft_type") or "LORA"
+    method = str(getattr(method, "value", method))
+    if method != "LORA":
+        raise UnsupportedFieldError(f"peft_type={method!r} is not supported, only 'LORA'.")
+    # PEFT writes neutral values as null, false, [] or {}; and keeps lists of names as sets.
+    known = {field.name for field in dataclasses.fields(LoraConfig)}  # type: ignore[arg-type]
+    neutral: tuple[Any, ...] = (None, False, [], {})
+    return LoraConfig(
+        **{
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in values.items()
+            if name not in _SILENT and (name in known or value not in neutral)
+        }
+    )
+
+
 def read_config(directory: Path) -> LoraConfig:
     """The config of an adapter directory, as PEFT or jrlhf wrote it.
 
     Raises:
         MissingFileError: no adapter_config.json.
-        UnsupportedFieldError: another method than LoRA, or a variant that is not implemented.
-        ConfigError: a key that nobody knows.
+        ConfigError, UnsupportedFieldError: as `as_config`, with the file's name.
     """
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise MissingFileError(f"{directory} has no {CONFIG_FILE}: it is not an adapter directory.")
-    values = read_json(file)
-    method = values.get("peft_type", "LORA")
-    if method != "LORA":
-        raise UnsupportedFieldError(f"{file}: peft_type={method!r} is not supported, only 'LORA'.")
-    # PEFT writes neutral values as null, false, [] or {}.
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    neutral: tuple[Any, ...] = (None, False, [], {})
-    chosen = {
-        name: value
-        for name, value in values.items()
-        if name not in _SILENT and (name in known or value not in neutral)
-    }
     try:
-        return LoraConfig(**chosen)
+        return as_config(read_json(file))
     except ConfigError as error:
         raise type(error)(f"{file}: {error}") from None
+
+
+def base_of(directory: Path) -> str | None:
+    """The base that an adapter directory names; None: it is no (mere) adapter directory."""
+    if not (directory / CONFIG_FILE).is_file() or (directory / "config.json").is_file():
+        return None
+    base = read_config(directory).base_model_name_or_path
+    if base is None:
+        raise ModelError(
+            f"{directory / CONFIG_FILE} names no base_model_name_or_path: load the base, then "
+            "jrlhf.peft.PeftModel.from_pretrained(base, ...)."
+        )
+    return base
 
 
 def written_config(

@@ -13,7 +13,8 @@ from jrlhf.models.families import Weight
 from jrlhf.models.hf.reader import DTYPES
 from jrlhf.models.hf.writer import replace_file
 from jrlhf.models.lora.config import WEIGHTS_FILE
-from jrlhf.models.lora.plan import Adapter, Path as Keys, Target, Weights
+from jrlhf.models.lora.plan import Adapter, Target, Weights
+from jrlhf.models.lora.plan import Path as Keys
 
 _PREFIX = "base_model.model."
 _LISTED = 20
@@ -26,13 +27,13 @@ class Tensor(NamedTuple):
         name: in the file.
         row: its layout there.
         path: of the leaf.
-        index: the part of the leaf that it is.
+        part: the part of the leaf that it is.
     """
 
     name: str
     row: Weight
     path: Keys
-    index: tuple[Any, ...]
+    part: tuple[Any, ...]
 
 
 def tensors(
@@ -61,7 +62,10 @@ def _of_map(
     """The tensors of one adapted map; padding beyond its rank is left out."""
     lead = (at,) if target.stacked else ()
     n = len(target.inputs)
-    whole = shapes[(*target.path, "a")][len(lead) : -1], shapes[(*target.path, "b")][len(lead) :][1:]
+    whole = (
+        shapes[(*target.path, "a")][len(lead) : -1],
+        shapes[(*target.path, "b")][len(lead) :][1:],
+    )
     inputs, outputs = whole
     rows = {
         "a": ("lora_A.weight", (*inputs, rank), ((n,), target.inputs)),
@@ -90,7 +94,7 @@ def write(
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     held = {
         tensor.name: np.ascontiguousarray(
-            tensor.row.to_hf(leaves[tensor.path][tensor.index]).astype(dtype)
+            tensor.row.to_hf(leaves[tensor.path][tensor.part]).astype(dtype)
         )
         for tensor in tensors(adapter, weights, shapes)
     }
@@ -128,7 +132,7 @@ def read(
                 f"shape of {tensor.name} is {value.shape}, expected {tensor.row.hf_shape}"
             )
         else:
-            leaves[tensor.path][tensor.index] = tensor.row.from_hf(value)
+            leaves[tensor.path][tensor.part] = tensor.row.from_hf(value)
     problems += [f"unexpected: {name}" for name in found]
     if problems:
         more = len(problems) - _LISTED

@@ -122,7 +122,7 @@ def gain(magnitude: Array, kernel: Array, a: Array, b: Array, scale: Array) -> A
 def _drop(x: Array, keys: Array, tag: Array, rate: float) -> Array:
     """Inverted dropout; the mask is a function of (the row's key, the module)."""
 
-    def one(key: Array, row: Float[Array, "s *d"]) -> Array:
+    def one(key: Array, row: Float[Array, s * d]) -> Array:
         own = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), tag)
         kept = jax.random.bernoulli(own, 1.0 - rate, row.shape)
         return jnp.where(kept, row / (1.0 - rate), 0.0).astype(row.dtype)

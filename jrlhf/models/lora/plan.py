@@ -172,7 +172,7 @@ def resolved_targets(
     return wanted
 
 
-def names_of(adapter: Adapter, linears: Sequence[Linears], wanted: Sequence[str] | str) -> list[str]:
+def names_of(adapter: Adapter, linears: Sequence[Linears]) -> list[str]:
     """What adapter_config.json names: the shortest names that mean exactly this plan's modules."""
     chosen = {n for t in adapter.targets for n, r in zip(t.names, t.ranks, strict=True) if r}
     short = sorted({module.rsplit(".", 1)[-1] for module in chosen})
@@ -251,7 +251,7 @@ def _saved(
     paths: dict[Path, None] = {}
     used: set[str] = set()
     for _, places in weights:
-        hits = {}
+        hits: dict[Path, list[bool]] = {}
         for tensor, path, _ in places:
             found = [entry for entry in wanted if _within(tensor, entry)]
             hits.setdefault(path, []).append(bool(found))
