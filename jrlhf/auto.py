@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.errors import ConfigError, ModelError, suggest
+from jrlhf.models import hub
 from jrlhf.models.build import Net, Params, linear_maps, restack
 from jrlhf.models.families import config_from_spec, spec_from_config
 from jrlhf.models.load import Source, load_pretrained, save_pretrained
@@ -321,7 +322,7 @@ class _Auto:
             known = [*_OPTIONS, *cls._extra]
             raise ConfigError(f"from_pretrained has no argument {name!r}.{suggest(name, known)}")
         placed, adapter = as_mesh(mesh), None
-        base = base_of(Path(pretrained_model_name_or_path).expanduser())
+        base = base_of(hub.resolve(pretrained_model_name_or_path))
         if base is not None:
             adapter, pretrained_model_name_or_path = pretrained_model_name_or_path, base
         layout = None if placed is None else functools.partial(_layout, mesh=placed)

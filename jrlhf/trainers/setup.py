@@ -21,6 +21,7 @@ from jrlhf.auto import (
 )
 from jrlhf.config import TrainingConfig, aliases
 from jrlhf.errors import ConfigError, ModelError, suggest
+from jrlhf.models import hub
 from jrlhf.models.build import Net, partition
 from jrlhf.models.lora.config import base_of
 from jrlhf.models.tokenizer import load_tokenizer
@@ -180,7 +181,9 @@ def tokenizer_for(processing_class: Any, model: Any, face: str) -> Any:
         return processing_class
     if isinstance(model, Model):
         return model.tokenizer
-    return load_tokenizer(need(model, face, "a model"))
+    path = hub.resolve(need(model, face, "a model"), weights=False)
+    own = any((path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return load_tokenizer(model if own else base_of(path) or model)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -302,7 +305,6 @@ def context_length(model: Any) -> int:
 
 def _spec_of(name: str | Path, **choices: Any) -> Any:
     """The spec of a named model, read from its config alone."""
-    from jrlhf.models import hub
     from jrlhf.models.families import spec_from_config
     from jrlhf.models.load import open_checkpoint
 
