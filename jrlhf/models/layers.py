@@ -242,7 +242,7 @@ class Linear(nnx.Module):
         if bias:
             self.bias = constant(0.0, outputs, lead=lead, axes=axes[len(inputs) :])
         self.has_bias = bias
-        # Low-rank paths of the active adapters (`models/lora`), by name.
+        # Low-rank paths of the active adapters (`models/lora`), in their order.
         self.lora = nnx.Dict()
 
     def __call__(self, x: Array) -> Array:

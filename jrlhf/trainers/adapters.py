@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,19 @@ def about(model: Model) -> dict[str, Any]:
     if not isinstance(model, PeftModel):
         return {}
     return {"peft_config": {n: to_dict(model.peft_config[n]) for n in model.active_adapters}}
+
+
+def dropout_seed(model: Model, seed: int, *, wanted: bool) -> int | None:
+    """The seed of a training step's dropout; None where nothing is dropped."""
+    if model.net.drops and not wanted:
+        say_once(
+            "lora_dropout changes nothing here: this trainer turns dropout off, as TRL's does, so "
+            "that policy and reference are compared on the same footing (disable_dropout)."
+        )
+    return seed if model.net.drops and wanted else None
+
+
+@functools.lru_cache
+def say_once(text: str) -> None:
+    """A warning that is printed once per process."""
+    warnings.warn(text, UserWarning, stacklevel=3)

@@ -81,6 +81,7 @@ class Trainer:
         keep_start: bool = False,
         entropy: bool = False,
         value_model: Model | None = None,
+        dropout: bool = True,
     ) -> None:
         """Joins the parts into a loop.
 
@@ -94,6 +95,7 @@ class Trainer:
             keep_start: the starting parameters stay alive, for they are the reference.
             entropy: also log the entropy.
             value_model: a separate value model, trained with the policy.
+            dropout: whether a training step drops inputs of adapters, as they ask for.
         """
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps = total_steps
@@ -112,7 +114,7 @@ class Trainer:
             mesh=mesh,
             shardings=self._shardings,
             schedule=schedule,
-            dropout=self.args.seed if self.model.net.drops else None,
+            dropout=adapters.dropout_seed(self.model, self.args.seed, wanted=dropout),
         )
         self._sums = make_evaluation(loss, mesh=mesh)
         self._frozen, self._evaluation = frozen, evaluation

@@ -24,10 +24,12 @@ class DPOConfig(DPO, TrainingConfig):
 
     Attributes:
         max_length: prompt and answer are cut there, at their end.
+        disable_dropout: train without the dropout of adapters.
     """
 
     learning_rate: float = 1e-6
     max_length: int | None = 1024
+    disable_dropout: bool = True
 
     REFUSED = {
         "rpo_alpha": "mixtures of losses are not supported",
@@ -104,6 +106,7 @@ class DPOTrainer(Trainer):
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
             callbacks=callbacks,
+            dropout=not start.args.disable_dropout,
             keep_start=True,
             entropy=True,
         )

@@ -115,6 +115,7 @@ class PPOTrainer(Trainer):
             callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
             keep_start=True,
             value_model=value,
+            dropout=False,
         )
         source.frozen, source.trainer_state = self._frozen, self.state
 

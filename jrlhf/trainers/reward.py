@@ -23,10 +23,12 @@ class RewardConfig(Reward, TrainingConfig):
     Attributes:
         max_length: pairs with a longer side are left out, never cut: the score is read at the end.
         chat_template_path: file with a Jinja chat template, or a model to take it from.
+        disable_dropout: train without the dropout of adapters.
     """
 
     learning_rate: float = 1e-4
     max_length: int | None = 1024
+    disable_dropout: bool = True
     chat_template_path: str | None = None
 
 
@@ -85,6 +87,7 @@ class RewardTrainer(Trainer):
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
             callbacks=callbacks,
+            dropout=not start.args.disable_dropout,
         )
 
     def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:

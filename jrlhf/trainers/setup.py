@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from jrlhf.models.lora.config import base_of
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
 from jrlhf.trainers import adapters
+from jrlhf.trainers.adapters import say_once as say_once  # where faces look for it
 
 # Arguments of TRL's trainers that belong to PyTorch.
 _REFUSED = {
@@ -378,9 +378,3 @@ def open_value_model(
     kernel = params.pop("score")["kernel"]
     params["value"] = {"kernel": kernel, "bias": jnp.zeros((1,), kernel.dtype)}
     return Model(Net(spec), params, source=classifier.source, mesh=mesh)
-
-
-@functools.lru_cache
-def say_once(text: str) -> None:
-    """A warning that is printed once per process."""
-    warnings.warn(text, UserWarning, stacklevel=3)

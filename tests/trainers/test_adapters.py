@@ -26,6 +26,7 @@ from jrlhf import (
 )
 from jrlhf.errors import ConfigError, ModelError
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
+from jrlhf.trainers.adapters import dropout_seed, say_once
 from tests.rollout.conftest import word_tokenizer
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -49,6 +50,7 @@ FIELDS: dict[str, Any] = {
     "save_strategy": "no",
 }
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.3)
+STILL = LORA.replace(lora_dropout=0.0)
 
 
 def base(kind: Any = AutoModelForCausalLM, **choices: Any) -> Any:
@@ -161,14 +163,26 @@ def test_dpo_against_the_base_for_free_equals_dpo_against_an_explicit_copy() -> 
     ]
     assert logs[0][0] == pytest.approx(np.log(2), abs=1e-6)
     assert abs(logs[0][-1] - logs[0][0]) > 1e-3
-    assert logs[0] == logs[1] == pytest.approx(logs[2], rel=1e-5)
+    assert logs[0] == logs[1]
     assert same(host(free.model.params), host(explicit.model.params))
 
 
 def test_a_trained_adapter_is_its_own_reference_when_training_goes_on() -> None:
-    start = get_peft_model(base(), LORA.replace(init_lora_weights=False, lora_dropout=0.0))
+    start = get_peft_model(base(), STILL.replace(init_lora_weights=False))
     trainer = dpo(start)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_where_dropout_is_turned_off_it_is_said() -> None:
+    model = get_peft_model(base(), LORA)
+    assert dropout_seed(model, 3, wanted=True) == 3
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="lora_dropout changes nothing here"):
+        assert dropout_seed(model, 3, wanted=False) is None
+    assert dropout_seed(get_peft_model(base(), STILL), 3, wanted=False) is None
+    assert DPOConfig().disable_dropout
+    assert RewardConfig().disable_dropout
+    assert not GRPOConfig().disable_dropout
 
 
 def test_rewards_train_an_adapter_and_the_score() -> None:
@@ -211,7 +225,7 @@ def test_grpo_and_ppo_sample_from_the_adapter_and_score_the_base() -> None:
                        **FIELDS | {"max_steps": 4, "learning_rate": 0.1}),
         train_dataset=prompts,
         reward_model=rewards,
-        peft_config=LORA.replace(lora_dropout=0.0),
+        peft_config=STILL,
     )  # fmt: skip
     ppo.train()
     for trainer, kl in ((grpo, "kl"), (ppo, "objective/kl")):

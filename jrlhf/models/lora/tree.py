@@ -77,12 +77,17 @@ def _at(module: Any, path: Path) -> Any:
 
 def attach(module: Any, adapters: Sequence[Adapter], *, unrolled: bool) -> None:
     """Puts low-rank paths beside the linear maps of a new module."""
-    for adapter in adapters:
+    for order, adapter in enumerate(adapters):
         for target in adapter.targets:
             for linear, lead in _places(module, target, unrolled=unrolled):
-                linear.lora[adapter.name] = LowRank(
+                linear.lora[_place(order)] = LowRank(
                     linear, target, adapter, lead=lead, ready=unrolled
                 )
+
+
+def _place(order: int) -> str:
+    """A module's key of an adapter: NNX sorts keys, and adapters act in their order."""
+    return f"{order:03d}"
 
 
 def _places(module: Any, target: Target, *, unrolled: bool) -> list[tuple[Linear, tuple[int, ...]]]:
@@ -108,7 +113,7 @@ def weave(params: Params, adapters: Sequence[Adapter], *, ready: bool = False) -
     if KEY not in params:
         return params
     out = {name: value for name, value in params.items() if name != KEY}
-    for adapter in adapters:
+    for order, adapter in enumerate(adapters):
         own = params[KEY][adapter.name]
         for target in adapter.targets:
             leaves = {**get(own, target.path), **_constants(target)}
@@ -117,7 +122,7 @@ def weave(params: Params, adapters: Sequence[Adapter], *, ready: bool = False) -
                 leaves["magnitude"] = _each(target, gain)(
                     leaves["magnitude"], kernel, leaves["a"], leaves["b"], leaves["scale"]
                 )
-            out = with_entry(out, (*target.path, _BESIDE, adapter.name), leaves)
+            out = with_entry(out, (*target.path, _BESIDE, _place(order)), leaves)
         for path in adapter.saved:
             out = with_entry(out, path, get(own, path))
     return out
@@ -128,10 +133,10 @@ def unweave(tree: Params, adapters: Sequence[Adapter]) -> Params:
     if not adapters:
         return tree
     held: Params = {}
-    for adapter in adapters:
+    for order, adapter in enumerate(adapters):
         own: Params = {}
         for target in adapter.targets:
-            leaves = get(tree, (*target.path, _BESIDE, adapter.name))
+            leaves = get(tree, (*target.path, _BESIDE, _place(order)))
             learnt = {name: leaf for name, leaf in leaves.items() if name not in _CONSTANTS}
             own = with_entry(own, target.path, learnt)
         for path in adapter.saved:
