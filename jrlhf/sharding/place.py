@@ -49,7 +49,8 @@ def _like(tree: PyTree, wanted: PyTree) -> PyTree:
     """The entries of a nested dict that another one has."""
     if not isinstance(wanted, Mapping):
         return tree
-    return {key: _like(tree[key], value) for key, value in wanted.items()}
+    empty = {key for key, value in wanted.items() if isinstance(value, Mapping) and not value}
+    return {key: {} if key in empty else _like(tree[key], wanted[key]) for key in wanted}
 
 
 def optimizer_shardings(
