@@ -14,6 +14,7 @@ _HOMES = {
     "AutoModelForCausalLM": "jrlhf.auto",
     "AutoModelForCausalLMWithValueHead": "jrlhf.auto",
     "AutoModelForSequenceClassification": "jrlhf.auto",
+    "AutoModelForTokenClassification": "jrlhf.auto",
     "SFTConfig": "jrlhf.trainers.sft",
     "SFTTrainer": "jrlhf.trainers.sft",
     "RewardConfig": "jrlhf.trainers.reward",

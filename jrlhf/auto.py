@@ -48,7 +48,8 @@ class ModelOutput(NamedTuple):
     """What a model call returns.
 
     Attributes:
-        logits: float32 [b s v] of a language model, [b num_labels] of a classifier.
+        logits: float32 [b s v] of a language model, [b num_labels] of a classifier,
+            [b s num_labels] of a token classifier.
         value: float32 [b s] of a value head, else None.
     """
 
@@ -265,10 +266,9 @@ def _forward(
             # The last real token stands at the last 1 of the mask, wherever the padding is.
             ends = ids.shape[1] - jnp.argmax(mask[:, ::-1], axis=1)
             return ModelOutput(net.scores(params, hidden, ends))
-        head = net.head(params)
-        logits = jnp.einsum(
-            "bsd,dv->bsv", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32
-        )
+        if net.spec.head == "tokens":
+            return ModelOutput(net.token_scores(params, hidden))
+        logits = net.logits(params, hidden)
         return ModelOutput(logits, net.values(params, hidden) if net.spec.value_head else None)
 
 
@@ -389,6 +389,13 @@ class AutoModelForCausalLMWithValueHead(_Auto):
     """Language models with a scalar value per token, for PPO."""
 
     _choices = {"head": "causal", "value_head": True}
+
+
+class AutoModelForTokenClassification(_Auto):
+    """Token classifiers: `num_labels` scores of every token."""
+
+    _choices = {"head": "tokens"}
+    _extra = ("num_labels",)
 
 
 class AutoModelForSequenceClassification(_Auto):

@@ -264,15 +264,14 @@ class PeftModel(Model):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters of the active adapters, all parameters), counting no padding of ranks."""
         params = self.params
-        trained = sum(
-            int(np.prod(tensor.row.hf_shape))
-            for plan in self.net.adapters
-            for tensor in files.tensors(
-                plan,
-                tree.weights(self.net.spec),
-                {path: leaf.shape for path, leaf in flatten(params[tree.KEY][plan.name]).items()},
-            )
-        )
+        rows = tree.weights(self.net.spec)
+        trained = 0
+        for plan in self.net.adapters:
+            leaves = flatten(params[tree.KEY][plan.name])
+            shapes = {path: leaf.shape for path, leaf in leaves.items()}
+            # By name: a fused tensor is made of several leaves.
+            found = {t.name: t.row.hf_shape for t in files.tensors(plan, rows, shapes)}
+            trained += sum(int(np.prod(shape)) for shape in found.values())
         base = sum(leaf.size for leaf in jax.tree.leaves({**params, tree.KEY: {}}))
         return trained, base + trained
 

@@ -16,7 +16,7 @@ Axes = tuple[str | None, ...]
 Resolver = Callable[[jax.Array, Axes], jax.Array]
 
 # Of parameters. A stack of layers has "layers" in front. None: never cut.
-PARAMETER_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp")
+PARAMETER_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp", "expert")
 # Of activations. Their embed axis is None: it stays whole where parameters are cut along "embed".
 ACTIVATION_AXES = ("batch", "sequence", "heads", "kv_heads", "mlp")
 

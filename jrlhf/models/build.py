@@ -23,14 +23,19 @@ from jrlhf.errors import ModelError
 from jrlhf.models.axes import Axes
 from jrlhf.models.cache import Cache
 from jrlhf.models.decoder import Context, Decoder
+from jrlhf.models.halves import combine as combine
+from jrlhf.models.halves import partition as partition
+from jrlhf.models.halves import restack as restack
 from jrlhf.models.heads import last_token
 from jrlhf.models.lora import tree as lora
 from jrlhf.models.lora.config import LoraConfig
 from jrlhf.models.lora.layer import dropping
 from jrlhf.models.lora.plan import Adapter, Linears, plan
+from jrlhf.models.moe import Routing
 from jrlhf.models.quantize import is_quantized
-from jrlhf.models.rope import rotation
-from jrlhf.models.spec import DecoderSpec
+from jrlhf.models.rope import Rotation, rotation
+from jrlhf.models.spec import DecoderSpec, RopeSpec
+from jrlhf.ops.logps import head_logits
 
 Params = dict[str, Any]
 
@@ -61,8 +66,9 @@ class Net:
 
     The params tree: `embed.table [v d]`, `layers.{attn_norm, attn.{q k v o}, mlp_norm, mlp.{gate up
     down}}` stacked [l ...], `norm.scale`, and as the spec says `trunk` (like `layers`),
-    `head.kernel [d v]`, `score.kernel [d n]`, `value.{kernel [d 1], bias [1]}`. Kernels are
-    [inputs..., outputs...]: q [d h e], k and v [d k e], o [h e d], gate and up [d f], down [f d].
+    `head.kernel [d v]`, `score.kernel [d n]`, `value.{kernel [d 1], bias [1]}`, `positions.table`.
+    Kernels are [inputs..., outputs...]: q [d h e], k and v [d k e], o [h e d], gate and up [d f],
+    down [f d]; of routed experts `mlp.router [d x]` and gate, up and down with an axis x in front.
     With adapters there is also `adapters.{name}`, see `models/lora/tree.py`.
 
     Attributes:
@@ -137,23 +143,65 @@ class Net:
             segments: document of each token, 0 for padding; tokens see their own document only.
                 Needed for packed rows and for padding on the left. Without it rows are taken as
                 right-padded, where causality alone keeps padding out.
-            positions: RoPE position of each token; 0, 1, ... by default.
-            lengths: accepted so that callers can pass a batch as it is; causality makes it
-                redundant for right-padded rows.
+            positions: of each token in its document; 0, 1, ... by default.
+            lengths: real tokens per right-padded row. Causality makes it redundant but for the
+                rope types whose angles depend on the document's length (dynamic, longrope).
             dropout: raw data of one key per row, in training; None: adapters drop nothing.
 
         Returns:
             [b s d]; at padding the values are finite and mean nothing.
         """
-        del lengths
+        context = self._context(ids, segments, positions, lengths)
         with dropping(dropout):
-            return self._module(params).hidden(ids, self._context(ids, segments, positions))
+            return self._module(params).hidden(ids, context)[0]
+
+    def hidden_and_routing(
+        self,
+        params: Params,
+        ids: Int[Array, "b s"],
+        *,
+        segments: Int[Array, "b s"] | None = None,
+        positions: Int[Array, "b s"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b s d"], Routing]:
+        """`hidden` of a model with experts, and where its real tokens went, summed over layers.
+
+        `moe.balancing_loss` of the routing is transformers' auxiliary loss. Its arguments are those
+        of `hidden`; tokens are real where `segments` is not 0, else before `lengths`, else all.
+        """
+        if self.spec.moe is None:
+            raise ModelError(f"A {self.spec.model_type} model has no experts and no routing.")
+        real = jnp.ones(ids.shape, bool)
+        if segments is not None:
+            real = segments > 0
+        elif lengths is not None:
+            real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
+        context = self._context(ids, segments, positions, lengths)._replace(real=real)
+        hidden, routing = self._module(params).hidden(ids, context)
+        assert routing is not None
+        return hidden, routing
 
     def head(self, params: Params) -> Float[Array, "d v"]:
-        """The map from hidden states to logits, in the compute dtype."""
+        """The map from `head_states` to logits, in the compute dtype; [d+1 v] with a head bias.
+
+        The logit scale is in it; `spec.final_softcap` is for whoever makes logits.
+        """
         if self.spec.head != "causal":
             raise ModelError("A classifier has no causal head: load it with head='causal'.")
         return self._module(params).head_kernel()
+
+    def head_states(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
+        """Hidden states as `head` takes them: a 1 is appended where the head has a bias row."""
+        if not self.spec.head_bias:
+            return hidden
+        return jnp.concatenate((hidden, jnp.ones_like(hidden[..., :1])), axis=-1)
+
+    def logits(self, params: Params, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
+        """All logits, float32. For a look at a model: training and sampling work in chunks."""
+        head = self.head(params)
+        rows = self.head_states(hidden).reshape(-1, head.shape[0])
+        logits = head_logits(rows, head, softcap=self.spec.final_softcap)
+        return logits.reshape(*hidden.shape[:-1], head.shape[1])
 
     def values(self, params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
         """Value estimates of hidden states, float32."""
@@ -173,6 +221,12 @@ class Net:
             raise ModelError("This model has no classifier: load it with head='classifier'.")
         return self._module(params).score(last_token(hidden, lengths))
 
+    def token_scores(self, params: Params, hidden: Float[Array, "b s d"]) -> Float[Array, "b s n"]:
+        """The token classifier's scores of every token, float32."""
+        if self.spec.head != "tokens":
+            raise ModelError("This model has no token classifier: load it with head='tokens'.")
+        return self._module(params).score(hidden)
+
     def prefill(
         self, params: Params, ids: Int[Array, "b s"], lengths: Int[Array, " b"], *, cache_size: int
     ) -> tuple[Float[Array, "b s d"], Cache]:
@@ -181,17 +235,17 @@ class Net:
         Args:
             params: unstacked params decode fastest; stacked ones work.
             ids: right-padded prompts.
-            lengths: real tokens per row; redundant as in `hidden`.
+            lengths: real tokens per row.
             cache_size: slots of the cache, at least s.
 
         Returns:
             Hidden states after the final norm, and the cache.
         """
-        del lengths
         if cache_size < ids.shape[1]:
             raise ModelError(f"cache_size={cache_size} is less than the {ids.shape[1]} prompt ids.")
         module = self._module(params)
-        return module.prefill(ids, self._context(ids, None, None), cache_size=cache_size)
+        context = self._context(ids, None, None, lengths)
+        return module.prefill(ids, context, cache_size=cache_size)
 
     def decode(
         self,
@@ -216,8 +270,14 @@ class Net:
         Returns:
             Hidden states after the final norm, and the cache with the slot written.
         """
-        angles = rotation(positions[:, None], rope=self.spec.rope, head_dim=self.spec.head_dim)
-        context = Context(angles, valid=valid, slot=jnp.asarray(slot, jnp.int32))
+        behind = None
+        if any(self.spec.windows):
+            # Slots hold a row's tokens in order, with gaps: count the valid ones after each.
+            seen = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+            behind = seen[:, -1:] - seen
+        context = self._positioned(positions[:, None], positions[:, None] + 1)._replace(
+            valid=valid, behind=behind, slot=jnp.asarray(slot, jnp.int32)
+        )
         hidden, cache = self._module(params).decode(ids[:, None], context, cache)
         return hidden[:, 0], cache
 
@@ -225,7 +285,7 @@ class Net:
         """Params for decoding: layers as a list, weights cast to the compute dtype once.
 
         Slicing a stack costs a copy of the weights at every token; here it is paid once per
-        rollout. Norms, biases, the value head and the classifier keep their own type.
+        rollout. Norms, biases, routers, the value head and the classifier keep their own type.
         """
         params = lora.weave(params, self.adapters, ready=True)
         cast = {key: value for key, value in params.items() if key not in ("trunk", "layers")}
@@ -242,7 +302,8 @@ class Net:
             if is_quantized(leaf):
                 return leaf
             names = {str(getattr(key, "key", "")) for key in path}
-            is_dot = bool(names & {"kernel", "table", "a", "b"}) and not names & {"value", "score"}
+            is_dot = bool(names & {"kernel", "table", "a", "b"})
+            is_dot = is_dot and not names & {"value", "score", "router"}
             return leaf.astype(self.spec.dtype) if is_dot else leaf
 
         return jax.tree_util.tree_map_with_path(lower, cast, is_leaf=is_quantized)
@@ -261,54 +322,43 @@ class Net:
         ids: Int[Array, "b s"],
         segments: Int[Array, "b s"] | None,
         positions: Int[Array, "b s"] | None,
+        lengths: Int[Array, " b"] | None,
     ) -> Context:
         """What all layers of a whole forward share."""
         if positions is None:
             positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-        angles = rotation(positions, rope=self.spec.rope, head_dim=self.spec.head_dim)
-        return Context(angles, segments)
+        long = None
+        if self.spec.rope.by_length:
+            if segments is not None:
+                long = _document_lengths(positions, segments)
+            elif lengths is not None:
+                long = lengths[:, None]
+            else:
+                long = jnp.full((1, 1), ids.shape[1], jnp.int32)
+        return self._positioned(positions, long)._replace(segments=segments)
+
+    def _positioned(
+        self, positions: Int[Array, "b s"], lengths: Int[Array, "b s"] | None
+    ) -> Context:
+        """The part of a context that says where each token stands."""
+        spec = self.spec
+        if spec.positions == "learned":
+            return Context(positions=positions)
+
+        def angles(rope: RopeSpec) -> Rotation:
+            return rotation(positions, rope=rope, head_dim=spec.head_dim, lengths=lengths)
+
+        local = None if spec.local_rope is None else angles(spec.local_rope)
+        return Context(angles(spec.rope), local)
 
 
-def restack(params: Params, trunk: int) -> Params:
-    """Moves the border between the frozen lower layers and the rest."""
-    stacks = [params[name] for name in ("trunk", "layers") if name in params]
-    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-    out = {name: value for name, value in params.items() if name not in ("trunk", "layers")}
-    count = jax.tree.leaves(whole)[0].shape[0]
-    if trunk:
-        out["trunk"] = jax.tree.map(lambda x: x[:trunk], whole)
-    if trunk < count:
-        out["layers"] = jax.tree.map(lambda x: x[trunk:], whole)
-    return out
+def _document_lengths(
+    positions: Int[Array, "#b s"], segments: Int[Array, "b s"]
+) -> Int[Array, "b s"]:
+    """How many tokens the document of each token has."""
 
+    def row(positions: Array, segments: Array) -> Array:
+        last = jax.ops.segment_max(positions, segments, num_segments=segments.shape[0] + 1)
+        return last[segments] + 1
 
-def partition(params: Params, net: Net) -> tuple[Params, Params]:
-    """Splits params into (trainable, frozen).
-
-    With adapters the active ones are trainable, and a value head, which is always new. Else, with
-    `trunk_layers`, the trunk and the embedding (which is the head too when tied) are frozen;
-    otherwise everything is trainable. Both halves are plain sub-dicts, so they can be passed to a
-    jitted function apart: gradients with respect to `trainable` never enter the trunk.
-    """
-    if net.adapters:
-        names = {adapter.name for adapter in net.adapters}
-        held = params[lora.KEY]
-        trainable = {key: params[key] for key in ("value",) if key in params}
-        trainable[lora.KEY] = {name: held[name] for name in held if name in names}
-        frozen = {key: value for key, value in params.items() if key not in trainable}
-        frozen[lora.KEY] = {name: held[name] for name in held if name not in names}
-        return trainable, frozen
-    below = {"trunk", "embed"} if net.spec.trunk_layers else set()
-    return (
-        {key: value for key, value in params.items() if key not in below},
-        {key: value for key, value in params.items() if key in below},
-    )
-
-
-def combine(trainable: Params, frozen: Params) -> Params:
-    """Puts the two halves of `partition` together again."""
-    whole = {**frozen, **trainable}
-    if lora.KEY in whole:
-        halves = (half.get(lora.KEY, {}) for half in (frozen, trainable))
-        whole[lora.KEY] = {name: tree for half in halves for name, tree in half.items()}
-    return whole
+    return jax.vmap(row)(jnp.broadcast_to(positions, segments.shape), segments)

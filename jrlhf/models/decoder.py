@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jrlhf.models.attention import attend_cache, attend_causal
+from jrlhf.models.attention import Scoring, attend_cache, attend_causal
 from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.cache import Cache, LayerCache, filled
 from jrlhf.models.heads import CausalHead, Readout
-from jrlhf.models.layers import Keys, Linear, Mlp, Norm, Shape, normal
-from jrlhf.models.rope import Rotation, rotate
+from jrlhf.models.layers import HeadNorm, Keys, Linear, Mlp, Norm, Shape, constant, normal
+from jrlhf.models.moe import Moe, Routing
+from jrlhf.models.rope import Rotation, choose, rotate
 from jrlhf.models.spec import DecoderSpec
 
 KeyValue = tuple[Array, Array]
@@ -30,16 +32,59 @@ class Context(NamedTuple):
     """What every layer of one forward shares, made once outside the scan.
 
     Attributes:
-        rotation: RoPE's cos and sin of each token.
+        rotation: RoPE's cos and sin of each token; None where positions are learned.
+        local: those of the second rotation, if the model has one.
+        positions: of each token, where positions are learned.
         segments: document of each token, 0 for padding; None where rows are right-padded.
+        real: tokens whose routing is counted [b s]; None: nobody asks.
         valid: decoding only, which cache slots each row may read [b t].
+        behind: decoding with windows only, how far each slot lies behind the token [b t].
         slot: decoding only, the cache slot of the first token.
     """
 
-    rotation: Rotation
+    rotation: Rotation | None = None
+    local: Rotation | None = None
+    positions: Array | None = None
     segments: Array | None = None
+    real: Array | None = None
     valid: Array | None = None
+    behind: Array | None = None
     slot: Array | None = None
+
+
+class LayerFlags(NamedTuple):
+    """What differs from layer to layer besides weights: [l] arrays that a scan slices.
+
+    None where nothing differs, so that such a model's program has no trace of it.
+
+    Attributes:
+        window: keys that a query reads, its own included.
+        rope: 0 the rotation, 1 the local one, -1 none.
+        scale: factor on queries.
+    """
+
+    window: Any = None
+    rope: Any = None
+    scale: Any = None
+
+    def of(self, at: int | slice) -> LayerFlags:
+        """Those of one layer, or of some."""
+        return jax.tree.map(lambda flag: flag[at], self)
+
+
+UNIFORM = LayerFlags()
+
+
+def layer_flags(spec: DecoderSpec) -> LayerFlags:
+    """The flags of all layers, as numpy arrays."""
+    window = rope = scale = None
+    if any(spec.windows):
+        window = np.array([w or np.iinfo(np.int32).max for w in spec.windows], np.int32)
+    if any(spec.layer_ropes):
+        rope = np.array(spec.layer_ropes, np.int32)
+    if spec.attention_scale_by_layer:
+        scale = (1.0 / np.arange(1, spec.num_hidden_layers + 1)).astype(np.float32)
+    return LayerFlags(window, rope, scale)
 
 
 class Attention(nnx.Module):
@@ -49,60 +94,123 @@ class Attention(nnx.Module):
         d, e = spec.hidden_size, spec.head_dim
         h, k = spec.num_attention_heads, spec.num_key_value_heads
 
-        def linear(inputs: Shape, outputs: Shape, axes: Axes) -> Linear:
+        def linear(inputs: Shape, outputs: Shape, axes: Axes, bias: bool) -> Linear:
             return Linear(
                 keys,
                 inputs,
                 outputs,
                 axes=axes,
-                bias=spec.attention_bias,
+                bias=bias,
                 scale=spec.initializer_range,
                 dtype=spec.dtype,
                 lead=lead,
             )
 
-        self.dtype = spec.dtype
-        self.q = linear((d,), (h, e), ("embed", "heads", None))
-        self.k = linear((d,), (k, e), ("embed", "kv_heads", None))
-        self.v = linear((d,), (k, e), ("embed", "kv_heads", None))
-        self.o = linear((h, e), (d,), ("heads", None, "embed"))
+        self.dtype, self.interleaved = spec.dtype, spec.rope_interleaved
+        self.scoring = Scoring(spec.attention_scale, spec.attention_softcap)
+        self.q = linear((d,), (h, e), ("embed", "heads", None), spec.attention_bias)
+        self.k = linear((d,), (k, e), ("embed", "kv_heads", None), spec.attention_bias)
+        self.v = linear((d,), (k, e), ("embed", "kv_heads", None), spec.attention_bias)
+        self.o = linear((h, e), (d,), ("heads", None, "embed"), spec.o_bias)
+        self.normed, self.has_sinks = spec.qk_norm != "none", spec.attention_sinks
+        if self.normed:
+            self.q_norm = HeadNorm(spec, h, "heads", lead=lead)
+            self.k_norm = HeadNorm(spec, k, "kv_heads", lead=lead)
+        if self.has_sinks:
+            self.sinks = constant(0.0, (h,), lead=lead, axes=("heads",))
 
     def __call__(
-        self, x: Float[Array, "b s d"], context: Context, cache: LayerCache | None
+        self,
+        x: Float[Array, "b s d"],
+        context: Context,
+        cache: LayerCache | None,
+        flags: LayerFlags,
     ) -> tuple[Array, KeyValue | LayerCache]:
         q = constrain(self.q(x), ("batch", "sequence", "heads", None))
         k = constrain(self.k(x), ("batch", "sequence", "kv_heads", None))
         v = constrain(self.v(x), ("batch", "sequence", "kv_heads", None))
-        q = checkpoint_name(rotate(q, context.rotation), "qkv")
-        k = checkpoint_name(rotate(k, context.rotation), "qkv")
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._positioned(q, k, context, flags)
+        q = q if flags.scale is None else q * flags.scale
+        q, k = checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv")
         v = checkpoint_name(v, "qkv")
+        sinks = self.sinks[...] if self.has_sinks else None
         memory: KeyValue | LayerCache = (k, v)
         if cache is None:
-            out = attend_causal(q, k, v, context.segments, self.dtype)
+            out = attend_causal(
+                q, k, v, context.segments, flags.window, sinks, self.dtype, self.scoring
+            )
         else:
             assert context.slot is not None
             assert context.valid is not None
             memory = cache = cache.write(k, v, context.slot)
-            out = attend_cache(q, cache.k, cache.v, context.valid, dtype=self.dtype)
+            valid = context.valid
+            if flags.window is not None:
+                valid = valid & (context.behind < flags.window)
+            out = attend_cache(
+                q, cache.k, cache.v, valid, sinks, dtype=self.dtype, scoring=self.scoring
+            )
         return self.o(out), memory
+
+    def _positioned(
+        self, q: Array, k: Array, context: Context, flags: LayerFlags
+    ) -> tuple[Array, Array]:
+        """Rotates queries and keys as this layer does."""
+        r = context.rotation
+        if r is None:
+            return q, k
+        if flags.rope is not None:
+            r = choose(flags.rope, r, context.local)
+        return rotate(q, r, interleaved=self.interleaved), rotate(
+            k, r, interleaved=self.interleaved
+        )
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer block."""
+    """One transformer block; `spec.block` says where its norms stand."""
 
     def __init__(self, spec: DecoderSpec, keys: Keys, *, lead: Shape = ()) -> None:
-        self.attn_norm = Norm(spec, lead=lead)
+        self.block, self.residual_scale = spec.block, spec.residual_scale
+        before, after = spec.block != "post", spec.block in ("post", "sandwich")
+        if before:
+            self.attn_norm = Norm(spec, lead=lead)
         self.attn = Attention(spec, keys, lead=lead)
-        self.mlp_norm = Norm(spec, lead=lead)
-        self.mlp = Mlp(spec, keys, lead=lead)
+        if after:
+            self.attn_post_norm = Norm(spec, lead=lead, dtype="float32")
+        if before and spec.block != "shared":
+            self.mlp_norm = Norm(spec, lead=lead)
+        self.routed = spec.moe is not None
+        self.mlp = (Moe if self.routed else Mlp)(spec, keys, lead=lead)
+        if after:
+            self.mlp_post_norm = Norm(spec, lead=lead, dtype="float32")
 
     def __call__(
-        self, x: Float[Array, "b s d"], context: Context, cache: LayerCache | None = None
-    ) -> tuple[Array, KeyValue | LayerCache]:
-        mixed, memory = self.attn(self.attn_norm(x), context, cache)
-        x = x + mixed
-        x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, ("batch", "sequence", None)), memory
+        self,
+        x: Float[Array, "b s d"],
+        context: Context,
+        cache: LayerCache | None = None,
+        flags: LayerFlags = UNIFORM,
+    ) -> tuple[Array, KeyValue | LayerCache, Routing | None]:
+        """The residual stream after this layer, its keys and values, and where tokens went."""
+        after = self.block in ("post", "sandwich")
+        h = x if self.block == "post" else self.attn_norm(x)
+        mixed, memory = self.attn(h, context, cache, flags)
+        mixed = self.attn_post_norm(mixed) if after else mixed
+        start = x
+        if self.block not in ("parallel", "shared"):
+            x = start = x + self._scaled(mixed)
+        if self.block != "shared":
+            h = x if self.block == "post" else self.mlp_norm(x)
+        y, routing = self.mlp(h, context.real) if self.routed else (self.mlp(h), None)
+        y = self.mlp_post_norm(y) if after else y
+        if self.block in ("parallel", "shared"):
+            y = mixed + y
+        x = start + self._scaled(y)
+        return constrain(x, ("batch", "sequence", None)), memory, routing
+
+    def _scaled(self, y: Array) -> Array:
+        return y if self.residual_scale == 1.0 else y * self.residual_scale
 
 
 # What the backward pass may keep of a layer; "none" is no checkpoint at all.
@@ -114,10 +222,12 @@ REMAT = {
 
 
 class Embedding(nnx.Module):
-    """The table of token vectors, also the head of a tied model."""
+    """A table of vectors: of tokens (also the head of a tied model), or of positions."""
 
-    def __init__(self, keys: Keys, *, vocab: int, embed: int, scale: float) -> None:
-        self.table = normal(keys, (vocab, embed), lead=(), axes=("vocab", "embed"), scale=scale)
+    def __init__(
+        self, keys: Keys, *, rows: int, embed: int, axis: str | None, scale: float
+    ) -> None:
+        self.table = normal(keys, (rows, embed), lead=(), axes=(axis, "embed"), scale=scale)
 
 
 class Decoder(nnx.Module):
@@ -131,9 +241,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: DecoderSpec, key: Array, *, unrolled: bool = False) -> None:
         keys = Keys(key)
-        scale = spec.initializer_range
+        scale, d = spec.initializer_range, spec.hidden_size
         self.spec = spec
-        self.embed = Embedding(keys, vocab=spec.vocab_size, embed=spec.hidden_size, scale=scale)
+        self.embed = Embedding(keys, rows=spec.vocab_size, embed=d, axis="vocab", scale=scale)
         if unrolled:
             self.layers = nnx.List([Layer(spec, keys) for _ in range(spec.num_hidden_layers)])
         else:
@@ -142,25 +252,38 @@ class Decoder(nnx.Module):
             if spec.trainable_layers:
                 self.layers = Layer(spec, keys, lead=(spec.trainable_layers,))
         self.norm = Norm(spec)
-        if spec.head == "classifier":
-            self.score = Readout(
-                keys, embed=spec.hidden_size, outputs=spec.num_labels, bias=False, scale=scale
+        if spec.head != "causal":
+            bias = spec.head == "tokens"
+            self.score = Readout(keys, embed=d, outputs=spec.num_labels, bias=bias, scale=scale)
+        elif spec.head_bias or not spec.tie_word_embeddings:
+            self.head = CausalHead(
+                keys,
+                embed=d,
+                vocab=spec.vocab_size,
+                scale=scale,
+                kernel=not spec.tie_word_embeddings,
+                bias=spec.head_bias,
             )
-        elif not spec.tie_word_embeddings:
-            self.head = CausalHead(keys, embed=spec.hidden_size, vocab=spec.vocab_size, scale=scale)
         if spec.value_head:
-            self.value = Readout(keys, embed=spec.hidden_size, outputs=1, bias=True, scale=scale)
+            self.value = Readout(keys, embed=d, outputs=1, bias=True, scale=scale)
+        if spec.positions == "learned":
+            rows = spec.max_position_embeddings + spec.position_offset
+            self.positions = Embedding(keys, rows=rows, embed=d, axis=None, scale=scale)
 
-    def hidden(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
-        """Hidden states after the final norm, in the compute dtype."""
-        x, _ = self._run(self._embed(ids), context, remat=self.spec.remat, keep=False)
-        return self.norm(x)
+    def hidden(
+        self, ids: Int[Array, "b s"], context: Context
+    ) -> tuple[Float[Array, "b s d"], Routing | None]:
+        """Hidden states after the final norm, in the compute dtype; and the routing if asked."""
+        x, _, routing = self._run(
+            self._embed(ids, context), context, remat=self.spec.remat, keep=False
+        )
+        return self.norm(x), routing
 
     def prefill(
         self, ids: Int[Array, "b s"], context: Context, *, cache_size: int
     ) -> tuple[Float[Array, "b s d"], Cache]:
         """The same forward, keeping every layer's keys and values in a cache."""
-        x, memories = self._run(self._embed(ids), context, remat="none", keep=True)
+        x, memories, _ = self._run(self._embed(ids, context), context, remat="none", keep=True)
         cache = tuple(filled(k, v, size=cache_size, dtype=self.spec.dtype) for k, v in memories)
         return self.norm(x), cache
 
@@ -168,51 +291,79 @@ class Decoder(nnx.Module):
         self, ids: Int[Array, "b s"], context: Context, cache: Cache
     ) -> tuple[Float[Array, "b s d"], Cache]:
         """The same layers, reading the cache and writing it at `context.slot`."""
-        x = self._embed(ids)
+        x = self._embed(ids, context)
         grown: list[Any] = []
-        for layer, memory in zip(self._single_layers(), cache, strict=True):
-            x, written = layer(x, context, memory)
+        flags = layer_flags(self.spec)
+        for i, (layer, memory) in enumerate(zip(self._single_layers(), cache, strict=True)):
+            x, written, _ = layer(x, context, memory, flags.of(i))
             grown.append(written)
         return self.norm(x), tuple(grown)
 
     def head_kernel(self) -> Float[Array, "d v"]:
-        """The map to logits (the embedding's transpose when tied), in the compute dtype."""
-        if self.spec.tie_word_embeddings:
-            return self.embed.table[...].astype(self.spec.dtype).T
-        return self.head.kernel[...].astype(self.spec.dtype)
+        """The map to logits (the embedding's transpose when tied), in the compute dtype.
 
-    def _embed(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        With `spec.head_bias` one more row holds the bias: [d+1 v].
+        """
+        dtype = self.spec.dtype
+        if self.spec.tie_word_embeddings:
+            kernel = self.embed.table[...].astype(dtype).T
+        else:
+            kernel = self.head.kernel[...].astype(dtype)
+        if self.spec.head_bias:
+            kernel = jnp.concatenate((kernel, self.head.bias[...].astype(dtype)[None]))
+        # After the cast, so that the sampler's weights, cast once, round alike.
+        return kernel if self.spec.logit_scale == 1.0 else kernel * self.spec.logit_scale
+
+    def _embed(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
         # Rounded as `unstack` rounds the table, so that decoding starts from the same vectors.
-        x = self.embed.table[...][ids].astype(self.spec.dtype).astype(jnp.float32)
+        dtype = self.spec.dtype
+        x = self.embed.table[...][ids].astype(dtype).astype(jnp.float32)
+        if self.spec.embedding_scale != 1.0:
+            # Rounded too: Gemma was trained with it in bfloat16.
+            x = x * jnp.asarray(self.spec.embedding_scale, dtype).astype(jnp.float32)
+        if context.positions is not None:
+            at = context.positions + self.spec.position_offset
+            x = x + self.positions.table[...][at].astype(dtype).astype(jnp.float32)
         return constrain(x, ("batch", "sequence", None))
 
     def _run(
         self, x: Array, context: Context, *, remat: str, keep: bool
-    ) -> tuple[Array, list[KeyValue]]:
+    ) -> tuple[Array, list[KeyValue], Routing | None]:
         """Runs all layers; with `keep` also returns each layer's keys and values."""
+        flags, memories = layer_flags(self.spec), []
+        routings: list[Routing | None] = []
         if isinstance(getattr(self, "layers", None), nnx.List):
-            memories = []
-            for layer in self.layers:
-                x, memory = layer(x, context)
+            for i, layer in enumerate(self.layers):
+                x, memory, routing = layer(x, context, None, flags.of(i))
                 memories.append(memory)
-            return x, memories if keep else []
+                routings.append(routing)
+            return x, memories if keep else [], _total(routings)
 
-        def body(x: Array, layer: Layer) -> tuple[Array, KeyValue | None]:
-            x, memory = layer(x, context)
-            return x, memory if keep else None
+        def body(
+            x: Array, inputs: tuple[Layer, LayerFlags]
+        ) -> tuple[Array, tuple[KeyValue | None, Routing | None]]:
+            layer, own = inputs
+            x, memory, routing = layer(x, context, None, own)
+            return x, (memory if keep else None, routing)
 
-        memories = []
-        for name in ("trunk", "layers"):
-            if (stack := getattr(self, name, None)) is None:
+        first = 0
+        for name, count in (
+            ("trunk", self.spec.trunk_layers),
+            ("layers", self.spec.trainable_layers),
+        ):
+            if not count:
                 continue
             frozen = name == "trunk"
             # No gradient passes below the trunk's top, so there is nothing to recompute there.
             step = body if frozen or remat == "none" else jax.checkpoint(body, policy=REMAT[remat])
-            x, kept = lax.scan(step, x, stack)
+            own = jax.tree.map(jnp.asarray, flags.of(slice(first, first + count)))
+            x, (kept, routing) = lax.scan(step, x, (getattr(self, name), own))
+            first += count
             x = lax.stop_gradient(x) if frozen else x
             if keep:
                 memories += list(zip(*kept, strict=True))
-        return x, memories
+            routings.append(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), routing))
+        return x, memories, _total(routings)
 
     def _single_layers(self) -> list[Layer]:
         """Every layer alone; a view of the list, or slices of the stacks (slow: see unstack)."""
@@ -225,3 +376,9 @@ class Decoder(nnx.Module):
             if stack is not None
             for i in range(jax.tree.leaves(stack)[0].shape[0])
         ]
+
+
+def _total(routings: list[Routing | None]) -> Routing | None:
+    """The sum over layers."""
+    counted = [routing for routing in routings if routing is not None]
+    return jax.tree.map(lambda *parts: sum(parts), *counted) if counted else None

@@ -11,10 +11,19 @@ from jrlhf.models.layers import Keys, constant, normal
 
 
 class CausalHead(nnx.Module):
-    """The untied map from hidden states to logits; only its kernel is handed out (contract 4)."""
+    """What maps hidden states to logits besides a tied embedding: a kernel, a bias, or both.
 
-    def __init__(self, keys: Keys, *, embed: int, vocab: int, scale: float) -> None:
-        self.kernel = normal(keys, (embed, vocab), lead=(), axes=("embed", "vocab"), scale=scale)
+    Only the arrays are handed out (contract 4).
+    """
+
+    def __init__(
+        self, keys: Keys, *, embed: int, vocab: int, scale: float, kernel: bool, bias: bool
+    ) -> None:
+        if kernel:
+            axes = ("embed", "vocab")
+            self.kernel = normal(keys, (embed, vocab), lead=(), axes=axes, scale=scale)
+        if bias:
+            self.bias = constant(0.0, (vocab,), lead=(), axes=("vocab",))
 
 
 class Readout(nnx.Module):

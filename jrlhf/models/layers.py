@@ -161,9 +161,12 @@ add_bias.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rms_norm(
-    x: Float[Array, "*rows d"], scale: Float[Array, " d"], eps: float, dtype: str
+    x: Float[Array, "*rows d"], scale: Float[Array, "*heads d"], eps: float, dtype: str
 ) -> Array:
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32, rounded to `dtype`."""
+    """x / sqrt(mean(x^2) + eps) * scale, computed in float32, rounded to `dtype`.
+
+    The mean is over the last axis; the scale may differ along the axes before it too.
+    """
     return _rms_forward(x, scale, eps, dtype)[0]
 
 
@@ -182,7 +185,7 @@ def _rms_backward(
     g = g.astype(jnp.float32)
     unit, scaled = x * inverse, g * scale.astype(jnp.float32)
     dx = inverse * (scaled - unit * jnp.mean(scaled * unit, axis=-1, keepdims=True))
-    return dx, row_sum(g * unit).astype(scale.dtype)
+    return dx, row_sum(g * unit, scale.ndim).astype(scale.dtype)
 
 
 rms_norm.defvjp(_rms_forward, _rms_backward)
@@ -253,25 +256,54 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm (a scale) or LayerNorm (a scale and a bias), in float32, rounded to `dtype`."""
+    """RMSNorm (a scale) or LayerNorm (a scale, mostly a bias), in float32, rounded to `dtype`."""
 
-    def __init__(self, spec: DecoderSpec, *, lead: Shape = ()) -> None:
-        self.eps, self.centred, self.dtype = spec.norm_eps, spec.norm == "layer", spec.dtype
-        self.scale = constant(1.0, (spec.hidden_size,), lead=lead, axes=(None,))
-        if self.centred:
-            self.bias = constant(0.0, (spec.hidden_size,), lead=lead, axes=(None,))
+    def __init__(self, spec: DecoderSpec, *, lead: Shape = (), dtype: str = "") -> None:
+        self.eps, self.centred = spec.norm_eps, spec.norm == "layer"
+        self.dtype = dtype or spec.dtype
+        self.offset = float(spec.norm_plus_one)
+        self.has_bias = self.centred and spec.norm_bias
+        shape = (spec.hidden_size,)
+        self.scale = constant(1.0 - self.offset, shape, lead=lead, axes=(None,))
+        if self.has_bias:
+            self.bias = constant(0.0, shape, lead=lead, axes=(None,))
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        scale = self.scale[...]
+        scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
         if not self.centred:
-            return rms_norm(x, self.scale[...], self.eps, self.dtype)
+            return rms_norm(x, scale, self.eps, self.dtype)
         # LayerNorm is RMSNorm of the centred vector, plus a bias.
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = rms_norm(x, self.scale[...], self.eps, "float32")
-        return add_bias(y, self.bias[...]).astype(self.dtype)
+        y = rms_norm(x, scale, self.eps, "float32")
+        return (add_bias(y, self.bias[...]) if self.has_bias else y).astype(self.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """The norm of queries or keys, float32: of each head, or over all heads together."""
+
+    def __init__(self, spec: DecoderSpec, heads: int, axis: str, *, lead: Shape = ()) -> None:
+        self.eps, self.centred = spec.norm_eps, spec.norm == "layer"
+        self.offset, self.whole = float(spec.norm_plus_one), spec.qk_norm == "full"
+        shape: Shape = (heads, spec.head_dim)
+        axes: Axes = (axis, None)
+        if spec.qk_norm == "head":
+            shape, axes = shape[1:], axes[1:]
+        self.scale = constant(1.0 - self.offset, shape, lead=lead, axes=axes)
+
+    def __call__(self, x: Float[Array, "b s n e"]) -> Float[Array, "b s n e"]:
+        scale = self.scale[...]
+        scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
+        shape = x.shape
+        if self.whole:
+            x, scale = x.reshape(*shape[:2], -1), scale.reshape(-1)
+        if self.centred:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        return rms_norm(x, scale, self.eps, "float32").reshape(shape)
 
 
 class Mlp(nnx.Module):
-    """The gated MLP: down(act(gate(x)) * up(x))."""
+    """The MLP: down(act(gate(x)) * up(x)), or down(act(up(x))) where it has no gate."""
 
     def __init__(self, spec: DecoderSpec, keys: Keys, *, lead: Shape = ()) -> None:
         d, f = (spec.hidden_size,), (spec.intermediate_size,)
@@ -288,13 +320,16 @@ class Mlp(nnx.Module):
                 lead=lead,
             )
 
-        self.act = spec.hidden_act
-        self.gate = linear(d, f, ("embed", "mlp"))
+        self.act, self.gated = spec.hidden_act, spec.mlp == "gated"
+        if self.gated:
+            self.gate = linear(d, f, ("embed", "mlp"))
         self.up = linear(d, f, ("embed", "mlp"))
         self.down = linear(f, d, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         axes = ("batch", "sequence", "mlp")
+        if not self.gated:
+            return self.down(ACTIVATIONS[self.act](constrain(self.up(x), axes)))
         gate, up = constrain(self.gate(x), axes), constrain(self.up(x), axes)
         if self.down.lora:  # its path reads the product too
             low_gate, low_up = gate.astype(self.down.dtype), up.astype(self.down.dtype)

@@ -7,7 +7,7 @@ weight table says where each lies in our tree; every device reads the part that 
 from __future__ import annotations
 
 import dataclasses
-import re
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jrlhf.errors import ConfigError, MissingWeightError, ModelError
+from jrlhf.errors import ConfigError, ModelError
 from jrlhf.models import hub
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build import Net
-from jrlhf.models.families import Weight, config_from_spec, family_of, spec_from_config
+from jrlhf.models.families import Weight, config_from_spec, spec_from_config
 from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
 from jrlhf.models.hf.reader import Checkpoint, SafetensorsCheckpoint
+from jrlhf.models.match import At, match, places_of
 from jrlhf.models.quantize import holds_quantized
-from jrlhf.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +39,6 @@ _READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "glassllm": GlassLLMCheckpoint,
 }
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-# What a bare trunk (transformers' LlamaModel) leaves off the names.
-_TRUNK_PREFIX = "model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +113,16 @@ def load_pretrained(
         num_labels=spec.num_labels if num_labels is None else num_labels,
     )
     net = Net(spec)
-    names = _match(checkpoint, spec)
+    names = match(checkpoint, spec)
     abstract = net.abstract()
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
     leaves = flatten(placed)
     filled: dict[Keys, jax.Array] = {}
     for path, leaf in flatten(abstract).items():
-        places = {at: (row, names[name]) for row, name, at in _places(spec, path) if name in names}
+        places = {
+            at: (row, names[name]) for row, name, at in places_of(spec, path) if name in names
+        }
         if places or leaf.size == 0:
             filled[path] = _fill(leaf.shape, leaves[path], checkpoint, places, param_dtype)
     new = [path for path in leaves if path not in filled]
@@ -144,65 +144,11 @@ def _trunk_layers(unfrozen: int, layers: int) -> int:
     return layers - unfrozen
 
 
-def _match(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, str]:
-    """{name in the weight table: name in the checkpoint}, for all that the spec needs.
-
-    Raises:
-        MissingWeightError: the two disagree.
-    """
-    shapes = dict(checkpoint.shapes)
-    theirs = {name: name for name in shapes}
-    if not any(name.startswith(_TRUNK_PREFIX) for name in shapes):
-        heads = {name for row in _all_rows(spec) if not row.layered for name in [row.name]}
-        theirs = {n if n in heads else _TRUNK_PREFIX + n: n for n in shapes}
-    problems: list[str] = []
-    found: dict[str, str] = {}
-    for row in family_of(spec).weights(spec):
-        for name, _, _ in row.places(spec):
-            if name in theirs:
-                found[name] = theirs.pop(name)
-                shape = shapes[found[name]]
-                if shape != row.hf_shape:
-                    problems.append(f"shape of {name} is {shape}, expected {row.hf_shape}")
-            elif not row.optional:
-                problems.append(f"missing: {name}")
-    # Heads that this use of the checkpoint leaves aside are no surprise, anything else is.
-    aside = {name for row in _all_rows(spec) for name, _, _ in row.places(spec)}
-    ignored = re.compile("|".join(family_of(spec).ignored) or r"(?!)")
-    problems += [
-        f"unexpected: {theirs[name]}"
-        for name in theirs
-        if name not in aside and not ignored.fullmatch(name)
-    ]
-    if problems:
-        lines = "\n  ".join(problems)
-        raise MissingWeightError(
-            f"{checkpoint.path} does not hold the weights that its config describes"
-            f" ({len(problems)} differences):\n  {lines}"
-        )
-    return found
-
-
-def _all_rows(spec: DecoderSpec) -> list[Weight]:
-    """The weight tables of every head that a checkpoint of this family may carry."""
-    weights = family_of(spec).weights
-    causal = spec.replace(head="causal", value_head=True, tie_word_embeddings=False)
-    return [*weights(causal), *weights(spec.replace(head="classifier"))]
-
-
-def _places(spec: DecoderSpec, path: Keys) -> Iterator[tuple[Weight, str, int | None]]:
-    """(row, name, index along the stack) of every tensor that goes into one leaf."""
-    for row in family_of(spec).weights(spec):
-        for name, where, at in row.places(spec):
-            if where == path:
-                yield row, name, at
-
-
 def _fill(
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding,
     checkpoint: Checkpoint,
-    places: Mapping[int | None, tuple[Weight, str]],
+    places: Mapping[At, tuple[Weight, str]],
     dtype: str,
 ) -> jax.Array:
     """Makes one leaf; each device's part is read once, and nothing else."""
@@ -220,16 +166,15 @@ def _fill(
 
 def _read_part(
     checkpoint: Checkpoint,
-    places: Mapping[int | None, tuple[Weight, str]],
+    places: Mapping[At, tuple[Weight, str]],
     bounds: tuple[tuple[int, int], ...],
     dtype: np.dtype[Any],
 ) -> np.ndarray:
-    sizes = tuple(stop - start for start, stop in bounds)
-    if None in places:
-        return _read_one(checkpoint, *places[None], bounds).astype(dtype)
-    out = np.empty(sizes, dtype)
-    for i, layer in enumerate(range(*bounds[0])):
-        out[i] = _read_one(checkpoint, *places[layer], bounds[1:])
+    out = np.empty(tuple(stop - start for start, stop in bounds), dtype)
+    stacked = len(next(iter(places), ()))
+    for at in itertools.product(*(range(*bound) for bound in bounds[:stacked])):
+        here = tuple(i - start for i, (start, _) in zip(at, bounds))
+        out[here] = _read_one(checkpoint, *places[at], bounds[stacked:])
     return out
 
 
@@ -341,7 +286,7 @@ def _write(
     )
     origin = {} if source is None else source.config
     config = writer.export_config(
-        config_from_spec(net.spec), origin, classifier=net.spec.head == "classifier", dtype=dtype
+        config_from_spec(net.spec), origin, classifier=net.spec.head != "causal", dtype=dtype
     )
     if tokenizer is not None and config.get("pad_token_id") is None:
         config["pad_token_id"] = tokenizer.pad_token_id
@@ -355,26 +300,55 @@ def _write(
     )
 
 
-def _leaf_order(net: Net) -> list[tuple[Keys, list[tuple[Weight, str, int | None]]]]:
-    """Leaves with their tensors: the order of the export, one leaf in host memory at a time."""
-    return [(path, list(_places(net.spec, path))) for path in flatten(net.abstract())]
+def _leaf_order(net: Net) -> list[dict[str, list[tuple[Keys, Weight, At]]]]:
+    """The order of the export: {tensor: the leaves it is made of}, one group of leaves at a time.
+
+    A group is one leaf, or the few whose tensors are fused: what lies in host memory together.
+    """
+    groups: list[dict[str, list[tuple[Keys, Weight, At]]]] = []
+    home: dict[str, dict[str, list[tuple[Keys, Weight, At]]]] = {}
+    for path in flatten(net.abstract()):
+        places = list(places_of(net.spec, path))
+        group = next((home[name] for _, name, _ in places if name in home), None)
+        if group is None:
+            group = {}
+            groups.append(group)
+        for row, name, at in places:
+            group.setdefault(name, []).append((path, row, at))
+            home[name] = group
+    return groups
 
 
 def _tensors(net: Net, itemsize: int) -> list[writer.Tensor]:
     return [
-        writer.Tensor(name, itemsize * int(np.prod(row.hf_shape)))
-        for _, places in _leaf_order(net)
-        for row, name, _ in places
+        writer.Tensor(name, itemsize * int(np.prod(parts[0][1].hf_shape)))
+        for group in _leaf_order(net)
+        for name, parts in group.items()
     ]
 
 
 def _export(net: Net, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor in the checkpoint's layout."""
     leaves = flatten(params)
-    for path, places in _leaf_order(net):
-        value = to_host(leaves[path])
-        for row, name, at in places:
-            yield name, _cast(row.to_hf(value if at is None else value[at]), dtype, name)
+    for group in _leaf_order(net):
+        held: dict[Keys, np.ndarray] = {}
+        for name, parts in group.items():
+            for path, _, _ in parts:
+                if path not in held:
+                    held[path] = to_host(leaves[path])
+            yield name, _cast(_assemble(held, parts), dtype, name)
+
+
+def _assemble(held: Mapping[Keys, np.ndarray], parts: list[tuple[Keys, Weight, At]]) -> np.ndarray:
+    """One tensor of the checkpoint from the leaves it is made of."""
+    path, row, at = parts[0]
+    if row.part is None:
+        return row.to_hf(held[path][at])
+    whole = np.empty(row.hf_shape, held[path].dtype)
+    for path, row, at in parts:
+        assert row.part is not None
+        row.part.put(whole, row.to_hf(held[path][at]))
+    return whole
 
 
 def to_host(array: jax.Array) -> np.ndarray:

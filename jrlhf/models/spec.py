@@ -12,11 +12,15 @@ from typing import Literal
 
 from jrlhf.errors import UnsupportedModelError, suggest
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 NORMS = ("rms", "layer")
+BLOCKS = ("pre", "post", "sandwich", "parallel", "shared")
+QK_NORMS = ("none", "head", "full", "heads")
+MLPS = ("gated", "plain")
+POSITIONS = ("rotary", "learned")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
-HEADS = ("causal", "classifier")
+HEADS = ("causal", "classifier", "tokens")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 
 
@@ -32,7 +36,14 @@ def _known(field: str, value: str, names: tuple[str, ...]) -> None:
 class RopeSpec:
     """Rotary position embedding: `rope_parameters` of transformers 5, one field per key.
 
-    `factor` acts in types linear and llama3, the last three fields in type llama3 only.
+    Attributes:
+        factor: acts in types linear, dynamic, yarn and llama3, and in longrope's attention factor.
+        low_freq_factor, high_freq_factor: type llama3.
+        original_max_position_embeddings: types dynamic, yarn, longrope and llama3.
+        partial_rotary_factor: share of a head's channels, from the first on, that are turned.
+        attention_factor: types yarn and longrope: scales cos and sin; None derives it.
+        beta_fast, beta_slow, mscale, mscale_all_dim, truncate: type yarn.
+        short_factor, long_factor: type longrope, one number per pair of channels.
     """
 
     rope_type: str = "default"
@@ -41,9 +52,63 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    partial_rotary_factor: float = 1.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _known("rope_type", self.rope_type, ROPE_TYPES)
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UnsupportedModelError(
+                f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1]."
+            )
+
+    def turned(self, head_dim: int) -> int:
+        """Channels of a head that the frequencies are spread over (odd: one more is turned)."""
+        # GPT-J gives a count of channels; the quotient must give it back.
+        return int(head_dim * self.partial_rotary_factor + 1e-6)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on how long the document is."""
+        return self.rope_type in ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeSpec:
+    """Routed experts in place of the MLP.
+
+    Attributes:
+        num_experts: experts of a layer, each a gated MLP of `intermediate_size` channels.
+        experts_per_token: how many of them a token visits.
+        normalize: divides the chosen experts' weights by their sum.
+        router_bias: a bias on the router's logits.
+        expert_bias: biases on the experts' three maps.
+        clamp: gpt-oss's gate: clamp(gate) * sigmoid(alpha * clamp(gate)) * (clamp(up) + 1) with
+            clamps at this value; None is the gated MLP of `hidden_act`.
+        alpha: acts with `clamp`.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    normalize: bool = True
+    router_bias: bool = False
+    expert_bias: bool = False
+    clamp: float | None = None
+    alpha: float = 1.702
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise UnsupportedModelError(
+                f"num_experts_per_tok={self.experts_per_token} must lie between 1 and "
+                f"num_experts={self.num_experts}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +117,31 @@ class DecoderSpec:
 
     Attributes:
         model_type: the Hugging Face family that names its weights and writes its config.
-        norm: "rms" (a scale) or "layer" (LayerNorm: a scale and a bias).
-        attention_bias: biases on q, k, v and o, as in Llama.
-        head: "causal" (next-token logits) or "classifier" (`num_labels` scores of the last token).
+        norm: "rms" (a scale) or "layer" (LayerNorm: a scale and, with `norm_bias`, a bias).
+        norm_plus_one: the stored scale is one less than what multiplies (Gemma).
+        block: where the norms stand. "pre": x + f(norm x); "post": x + norm f(x); "sandwich": both;
+            "parallel": x + attn(norm x) + mlp(norm' x); "shared": the same with one norm.
+        rope: the rotation; acts where `positions` is "rotary".
+        local_rope: a second one, for the layers that `layer_ropes` marks with 1.
+        layer_ropes: per layer 0 (`rope`), 1 (`local_rope`) or -1 (none); () is all 0.
+        rope_interleaved: turns channel pairs (2i, 2i+1) instead of (i, i + half).
+        positions: "rotary", or "learned" vectors for position + `position_offset`.
+        windows: per layer how many tokens back attention reads, its own included; 0 is no window,
+            () is none anywhere.
+        attention_bias: biases on q, k and v, and on o unless `output_bias` says otherwise.
+        attention_scale: factor on q·k; None is 1/sqrt(head_dim).
+        attention_scale_by_layer: also divides it by the layer's number, from 1 on.
+        attention_softcap: c in c·tanh(scores / c), or None.
+        attention_sinks: a learned score per head that takes weight and gives no value.
+        qk_norm: of queries and keys: "none", "head" (one scale for all heads), "heads" (a scale
+            per head) or "full" (over all heads together).
+        mlp: "gated", or "plain" (no gate). `moe` replaces it by routed experts.
+        embedding_scale, residual_scale, logit_scale: factors on embeddings, on what a layer adds
+            to the residual stream, and on logits.
+        final_softcap: c in c·tanh(logits / c), or None; whoever makes logits applies it.
+        head_bias: a bias on the logits.
+        head: "causal" (next-token logits), "classifier" (`num_labels` scores of the last token) or
+            "tokens" (`num_labels` scores of every token).
         value_head: adds a linear map d -> 1 with bias on the final hidden state.
         trunk_layers: so many lower layers are frozen: they and the embedding (with a tied head) lie
             outside the trainable subtree, and no gradient is computed through them.
@@ -76,13 +163,35 @@ class DecoderSpec:
     max_position_embeddings: int = 2048
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
+    norm_bias: bool = True
+    norm_plus_one: bool = False
+    block: str = "pre"
     rope: RopeSpec = RopeSpec()
+    local_rope: RopeSpec | None = None
+    layer_ropes: tuple[int, ...] = ()
+    rope_interleaved: bool = False
+    positions: Literal["rotary", "learned"] = "rotary"
+    position_offset: int = 0
+    windows: tuple[int, ...] = ()
     attention_bias: bool = False
+    output_bias: bool | None = None
+    attention_scale: float | None = None
+    attention_scale_by_layer: bool = False
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    qk_norm: str = "none"
+    mlp: Literal["gated", "plain"] = "gated"
     mlp_bias: bool = False
+    moe: MoeSpec | None = None
     hidden_act: str = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    final_softcap: float | None = None
+    head_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    head: Literal["causal", "classifier"] = "causal"
+    head: Literal["causal", "classifier", "tokens"] = "causal"
     num_labels: int = 1
     value_head: bool = False
     trunk_layers: int = 0
@@ -91,6 +200,10 @@ class DecoderSpec:
 
     def __post_init__(self) -> None:
         _known("norm", self.norm, NORMS)
+        _known("block", self.block, BLOCKS)
+        _known("positions", self.positions, POSITIONS)
+        _known("qk_norm", self.qk_norm, QK_NORMS)
+        _known("mlp", self.mlp, MLPS)
         _known("hidden_act", self.hidden_act, ACTIVATIONS)
         _known("head", self.head, HEADS)
         _known("dtype", self.dtype, DTYPES)
@@ -100,8 +213,15 @@ class DecoderSpec:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
-        if self.head_dim % 2:
+        turned = self.rope.turned(self.head_dim)
+        if self.positions == "rotary" and self.head_dim % 2 and turned == self.head_dim:
             raise UnsupportedModelError(f"head_dim={self.head_dim} is odd; rotary needs pairs.")
+        for field in ("windows", "layer_ropes"):
+            count = len(getattr(self, field))
+            if count not in (0, self.num_hidden_layers):
+                raise UnsupportedModelError(
+                    f"{field} has {count} entries for num_hidden_layers={self.num_hidden_layers}."
+                )
         if not 0 <= self.trunk_layers <= self.num_hidden_layers:
             raise UnsupportedModelError(
                 f"trunk_layers={self.trunk_layers} must lie between 0 and "
@@ -112,6 +232,11 @@ class DecoderSpec:
     def trainable_layers(self) -> int:
         """Layers above the frozen trunk."""
         return self.num_hidden_layers - self.trunk_layers
+
+    @property
+    def o_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.attention_bias if self.output_bias is None else self.output_bias
 
     @property
     def groups(self) -> int:

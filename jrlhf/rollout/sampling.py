@@ -187,7 +187,10 @@ def _draw(
     """Draws the next token of every row from its newest hidden state."""
     out = state.out
     t = out.steps
-    logits = head_logits(hidden, head, vocab=net.spec.vocab_size)
+    spec = net.spec
+    logits = head_logits(
+        net.head_states(hidden), head, softcap=spec.final_softcap, vocab=spec.vocab_size
+    )
     scaled = ops.temperature(logits, sampling.temperature)
     chosen = logits
     if state.seen is not None:

@@ -64,10 +64,11 @@ def outputs(
     if "slots" in rows:
         targets = jnp.take_along_axis(targets, rows["slots"], axis=1)
     logps, spread, correct = token_logps(
-        hidden.reshape(-1, hidden.shape[-1]),
+        net.head_states(hidden.reshape(-1, hidden.shape[-1])),
         net.head(params),
         targets.reshape(-1),
         temperature=temperature,
+        softcap=net.spec.final_softcap,
         entropy=entropy,
     )
     values = None

@@ -82,6 +82,17 @@ def hf_directory(tmp_path: Path) -> HFDirectory:
     return make
 
 
+@pytest.fixture
+def hf_tensors(tmp_path: Path) -> Callable[..., tuple[Path, Tensors]]:
+    """Makes a random checkpoint of any family's config."""
+
+    def make(config: dict[str, Any], **choices: Any) -> tuple[Path, Tensors]:
+        tensors = tensors_of(config, **choices)
+        return write_hf(tmp_path / "origin", config, tensors), tensors
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def assets(repository: Path) -> ModuleType:
     """scripts/assets.py as a module."""

@@ -155,8 +155,9 @@ def test_rotary_parameters_of_both_transformers_versions_are_read(keys, expected
     [
         {"model_type": "lama"},
         {"model_type": None},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic"}},
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "linear"}},
         {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},

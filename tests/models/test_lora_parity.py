@@ -96,7 +96,7 @@ def logits_and_gradient(model: PeftModel, weights: np.ndarray) -> tuple[np.ndarr
         if net.spec.head == "classifier":
             logits = net.scores(params, hidden, np.full(len(IDS), IDS.shape[1]))
         else:
-            logits = jnp.dot(hidden, net.head(params), precision="highest")
+            logits = net.logits(params, hidden)
         return jnp.sum(logits * weights), logits
 
     run = jax.jit(jax.grad(loss, has_aux=True))
@@ -107,12 +107,8 @@ def logits_and_gradient(model: PeftModel, weights: np.ndarray) -> tuple[np.ndarr
 def by_name(model: PeftModel, own: Any) -> dict[str, np.ndarray]:
     """An adapter's leaves (or their gradient) under the names of its file."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(own).items()}
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
     (plan,) = model.net.adapters
-    return {
-        tensor.name: tensor.row.to_hf(leaves[tensor.path][tensor.part])
-        for tensor in files.tensors(plan, tree.weights(model.net.spec), shapes)
-    }
+    return files.assemble(leaves, plan, tree.weights(model.net.spec))
 
 
 def file_name(parameter: str) -> str:
@@ -170,6 +166,57 @@ def test_peft_and_jrlhf_load_each_others_adapters(
                                       tensor.numpy())  # fmt: skip
     expected = back.eval().double()(torch.tensor(IDS)).logits.detach()
     close(logits_and_gradient(born, weights)[0], expected, "logits of ours in PEFT")
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Weights that are one in the checkpoint and several maps here: one A, and a part of B for each.
+FUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "GPT-2": ("GPT2", {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+              {"use_dora": True, "fan_in_fan_out": True}),
+    "GPT-NeoX": ("GPTNeoX", {**SMALL, "intermediate_size": 24}, {"target_modules": "all-linear"}),
+    "Phi-3": ("Phi3", {**SMALL, "intermediate_size": 24, "num_key_value_heads": 2,
+                       "pad_token_id": 0}, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_weights_share_one_a_as_in_peft(kind: str, tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    name, config, fields = FUSED[kind]
+    theirs = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**config, attn_implementation="eager")
+    )
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "base")
+    net, params, source = load_pretrained(tmp_path / "base")
+    base = Model(net, params, source=source)
+    chosen = peft.LoraConfig(r=3, **fields, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(theirs, chosen).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(base, tmp_path / "theirs")
+    assert ours.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
+
+    expected = model.double()(torch.tensor(IDS)).logits
+    weights = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
+    logits, gradient = logits_and_gradient(ours, weights)
+    close(logits, expected.detach(), "logits")
+    (expected * torch.tensor(weights)).sum().backward()
+    wanted = {file_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = by_name(ours, gradient)
+    assert set(found) == set(wanted)
+    for tensor, value in found.items():
+        close(value, wanted[tensor], tensor)
+    ours.save_pretrained(tmp_path / "ours")
+    first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in
+                     ("theirs", "ours"))  # fmt: skip
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[tensor], second[tensor]) for tensor in first)
 
 
 MODULES: dict[str, dict[str, Any]] = {

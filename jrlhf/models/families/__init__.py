@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jrlhf.errors import UnsupportedModelError, suggest
-from jrlhf.models.families import llama
+from jrlhf.models.families import (
+    cohere,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from jrlhf.models.families.weights import Weight
 from jrlhf.models.spec import DecoderSpec
 
@@ -23,19 +44,60 @@ class Family:
         write: spec -> the keys of config.json that the spec decides.
         weights: spec -> the rows of its weight table.
         ignored: names (regular expressions) that old checkpoints carry and nobody needs.
+        prefix: what a bare trunk leaves off its names.
+        renames: (regular expression, replacement): other names of the same tensors.
     """
 
     read: Callable[[Mapping[str, Any]], DecoderSpec]
     write: Callable[[DecoderSpec], dict[str, Any]]
-    weights: Callable[[DecoderSpec], tuple[Weight, ...]]
-    ignored: tuple[str, ...] = ()
+    weights: Callable[[DecoderSpec], tuple[Weight, ...]] = llama.weights
+    ignored: tuple[str, ...] = llama.IGNORED
+    prefix: str = "model."
+    renames: tuple[tuple[str, str], ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        read=llama.read, write=llama.write, weights=llama.weights, ignored=llama.IGNORED
+    "cohere": Family(read=cohere.read, write=cohere.write),
+    "gemma": Family(read=gemma.read, write=gemma.write),
+    "gemma2": Family(read=gemma2.read, write=gemma2.write, weights=gemma2.weights),
+    "gemma3_text": Family(read=gemma3.read, write=gemma3.write, weights=gemma2.weights),
+    "gpt2": Family(
+        read=gpt2.read,
+        write=gpt2.write,
+        weights=gpt2.weights,
+        ignored=gpt2.IGNORED,
+        prefix="transformer.",
     ),
+    "gpt_neox": Family(
+        read=gpt_neox.read,
+        write=gpt_neox.write,
+        weights=gpt_neox.weights,
+        ignored=gpt_neox.IGNORED,
+        prefix="gpt_neox.",
+        renames=gpt_neox.RENAMES,
+    ),
+    "gpt_oss": Family(read=gpt_oss.read, write=gpt_oss.write, weights=gpt_oss.weights),
+    "gptj": Family(
+        read=gptj.read,
+        write=gptj.write,
+        weights=gptj.weights,
+        ignored=gptj.IGNORED,
+        prefix="transformer.",
+    ),
+    "granite": Family(read=granite.read, write=granite.write),
+    "llama": Family(read=llama.read, write=llama.write),
+    "mistral": Family(read=mistral.read, write=mistral.write),
+    "mixtral": Family(read=mixtral.read, write=mixtral.write, weights=mixtral.weights),
+    "olmo2": Family(read=olmo2.read, write=olmo2.write, weights=olmo2.weights),
+    "opt": Family(read=opt.read, write=opt.write, weights=opt.weights),
+    "phi3": Family(read=phi3.read, write=phi3.write, weights=phi3.weights),
+    "qwen2": Family(read=qwen2.read, write=qwen2.write),
+    "qwen3": Family(read=qwen3.read, write=qwen3.write),
+    "qwen3_moe": Family(read=qwen3_moe.read, write=qwen3_moe.write, weights=qwen3_moe.weights),
+    "smollm3": Family(read=smollm3.read, write=smollm3.write),
 }
+# Fields that the caller chooses, whatever the config says.
+CHOICES = ("head", "num_labels", "value_head", "trunk_layers", "dtype", "remat")
 
 
 def _family(model_type: str | None) -> Family:
@@ -68,5 +130,22 @@ def spec_from_config(config: Mapping[str, Any], **choices: object) -> DecoderSpe
 
 
 def config_from_spec(spec: DecoderSpec) -> dict[str, Any]:
-    """The config.json that transformers needs to load a model of this spec."""
-    return family_of(spec).write(spec)
+    """The config.json that transformers needs to load a model of this spec.
+
+    Raises:
+        UnsupportedModelError: the spec has a flag that no config of its family can say.
+    """
+    family = family_of(spec)
+    config = family.write(spec)
+    again = family.read(config)
+    for field in dataclasses.fields(spec):
+        if field.name in CHOICES:
+            continue
+        wanted, got = getattr(spec, field.name), getattr(again, field.name)
+        close = isinstance(wanted, float) and isinstance(got, float) and math.isclose(wanted, got)
+        if wanted != got and not close:
+            raise UnsupportedModelError(
+                f"{field.name}={wanted!r} cannot be written as a {spec.model_type} config, which"
+                f" says {got!r}."
+            )
+    return config

@@ -144,7 +144,7 @@ def export_config(
     keep = {k: config[k] for k in labels & config.keys()}
     config |= dict(written) | keep | {"dtype": dtype}
     rope = written.get("rope_parameters")
-    if rope:  # what transformers 4 and the servers built on it read
+    if rope and "rope_type" in rope:  # what transformers 4 and the servers built on it read
         config["rope_theta"] = rope["rope_theta"]
         if rope["rope_type"] != "default":
             config["rope_scaling"] = dict(rope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Tensor(NamedTuple):
 def tensors(
     adapter: Adapter, weights: Weights, shapes: dict[Keys, tuple[int, ...]]
 ) -> Iterator[Tensor]:
-    """Every tensor of an adapter's file.
+    """Every tensor of an adapter's file; of a fused one each of the leaves that it is made of.
 
     Args:
         adapter: the plan.
@@ -53,7 +54,8 @@ def tensors(
     for row, places in weights:
         for name, path, layer in places:
             if path in adapter.saved:
-                yield Tensor(_PREFIX + name, row, path, () if layer is None else (layer,))
+                at = () if layer is None else layer if isinstance(layer, tuple) else (layer,)
+                yield Tensor(_PREFIX + name, row, path, at)
 
 
 def _of_map(
@@ -62,22 +64,42 @@ def _of_map(
     """The tensors of one adapted map; padding beyond its rank is left out."""
     lead = (at,) if target.stacked else ()
     n = len(target.inputs)
-    whole = (
-        shapes[(*target.path, "a")][len(lead) : -1],
-        shapes[(*target.path, "b")][len(lead) :][1:],
-    )
-    inputs, outputs = whole
+    inputs = shapes[(*(target.source or target.path), "a")][len(lead) : -1]
+    outputs = shapes[(*target.path, "b")][len(lead) + 1 :]
+    part = None if target.part is None else dataclasses.replace(target.part, axis=0)
     rows = {
-        "a": ("lora_A.weight", (*inputs, rank), ((n,), target.inputs)),
-        "b": ("lora_B.weight", (rank, *outputs), (tuple(i + 1 for i in target.outputs), (0,))),
-        "magnitude": ("lora_magnitude_vector", outputs, (target.outputs,)),
+        "a": ("lora_A.weight", (*inputs, rank), ((n,), target.inputs), None),
+        "b": (
+            "lora_B.weight",
+            (rank, *outputs),
+            (tuple(i + 1 for i in target.outputs), (0,)),
+            part,
+        ),
+        "magnitude": ("lora_magnitude_vector", outputs, (target.outputs,), part),
     }
     cuts = {"a": (..., slice(rank)), "b": (slice(rank),), "magnitude": ()}
-    for leaf, (ending, shape, groups) in rows.items():
+    for leaf, (ending, shape, groups, stripes) in rows.items():
         path = (*target.path, leaf)
         if path in shapes:
-            row = Weight(path=path, name=f"{name}.{ending}", shape=shape, groups=groups)
+            ending = f"{name}.{ending}"
+            row = Weight(path=path, name=ending, shape=shape, groups=groups, part=stripes)
             yield Tensor(row.name, row, path, (*lead, *cuts[leaf]))
+
+
+def assemble(
+    leaves: dict[Keys, np.ndarray], adapter: Adapter, weights: Weights
+) -> dict[str, np.ndarray]:
+    """The file's tensors from an adapter's leaves, whole and on the host."""
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    held: dict[str, np.ndarray] = {}
+    for tensor in tensors(adapter, weights, shapes):
+        value = tensor.row.to_hf(leaves[tensor.path][tensor.part])
+        if tensor.row.part is None:
+            held[tensor.name] = value
+        else:
+            whole = held.setdefault(tensor.name, np.empty(tensor.row.hf_shape, value.dtype))
+            tensor.row.part.put(whole, value)
+    return held
 
 
 def write(
@@ -91,12 +113,9 @@ def write(
     """Writes adapter_model.safetensors; `leaves` are whole, on the host."""
     from safetensors.numpy import save_file
 
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
     held = {
-        tensor.name: np.ascontiguousarray(
-            tensor.row.to_hf(leaves[tensor.path][tensor.part]).astype(dtype)
-        )
-        for tensor in tensors(adapter, weights, shapes)
+        name: np.ascontiguousarray(value.astype(dtype))
+        for name, value in assemble(leaves, adapter, weights).items()
     }
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(
@@ -123,17 +142,19 @@ def read(
     found = _load(file)
     leaves = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     problems = []
+    used: set[str] = set()
     for tensor in tensors(adapter, weights, shapes):
-        value = found.pop(tensor.name, None)
+        value, again = found.get(tensor.name), tensor.name in used
+        used.add(tensor.name)
         if value is None:
-            problems.append(f"missing: {tensor.name}")
+            problems += [] if again else [f"missing: {tensor.name}"]
         elif value.shape != tensor.row.hf_shape:
             problems.append(
                 f"shape of {tensor.name} is {value.shape}, expected {tensor.row.hf_shape}"
             )
         else:
             leaves[tensor.path][tensor.part] = tensor.row.from_hf(value)
-    problems += [f"unexpected: {name}" for name in found]
+    problems += [f"unexpected: {name}" for name in found if name not in used]
     if problems:
         more = len(problems) - _LISTED
         lines = "\n  ".join(problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []))

@@ -5,20 +5,21 @@ The plan is static and hashable (part of a `Net`), and is made before anything i
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from jrlhf.errors import ConfigError, UnsupportedFieldError, suggest
+from jrlhf.errors import ConfigError, suggest
 from jrlhf.models.families import Weight
+from jrlhf.models.families.weights import Part
 from jrlhf.models.lora.config import LoraConfig
 
 Path = tuple[str, ...]
 # The family's rows, each with (name in the checkpoint, path in params, index along the stack).
-Weights = Sequence[tuple[Weight, Sequence[tuple[str, Path, int | None]]]]
+Weights = Sequence[tuple[Weight, Sequence[tuple[str, Path, Any]]]]
 # PEFT's default where a config names no module, and it knows the family.
 _DEFAULTS = {
     "gpt2": ("c_attn",),
@@ -47,6 +48,8 @@ class Linears:
         inputs: its kernel's input axes (0, 1, ...), in the order in which the checkpoint merges
             them into one.
         outputs: the same of its output axes, counted from 0 too.
+        part: where the checkpoint fuses several maps (q, k and v), the stripes of its outputs.
+        source: of a fused map but the first, the first one's path: it has the A of all of them.
     """
 
     path: Path
@@ -54,9 +57,11 @@ class Linears:
     stacked: bool
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    part: Part | None = None
+    source: Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Target(Linears):
     """An adapted (stack of) linear maps.
 
@@ -132,15 +137,8 @@ def plan(
     if strict and not isinstance(wanted, str):
         _check_each(wanted, every, model_type)
     targets = []
-    fused = {module for module, count in collections.Counter(every).items() if count > 1}
     for stack in linears:
         if any(map(matches, stack.names)):
-            if found := sorted(fused & set(stack.names)):
-                raise UnsupportedFieldError(
-                    f"LoraConfig.target_modules: {found[0]} is one weight in the checkpoint and "
-                    f"several maps here, so it cannot be adapted; exclude_modules="
-                    f"[{found[0].rsplit('.', 1)[-1]!r}] leaves it out."
-                )
             pairs = [_rank_and_scale(chosen, m) if matches(m) else (0, 0.0) for m in stack.names]
             ranks, scales = zip(*pairs, strict=True)
             own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(Linears)}

@@ -42,6 +42,7 @@ def weights(spec: Any) -> Weights:
 def linears(spec: Any, module: nnx.Module) -> list[Linears]:
     """Every linear map of a module (abstract is enough), under the names of its checkpoint."""
     found: list[Linears] = []
+    first: dict[str, Path] = {}  # of the maps that are one in the checkpoint
     for row, places in weights(spec):
         stacks: dict[Path, list[tuple[int | None, str]]] = {}
         for name, path, at in places:
@@ -54,7 +55,10 @@ def linears(spec: Any, module: nnx.Module) -> list[Linears]:
             order = [at for at, _ in tensors]
             names = tuple(name.removesuffix(".weight") for _, name in tensors)
             assert order == [None] or order == list(range(len(order))), path
-            found.append(Linears(path[:-1], names, order != [None], inputs, outputs))
+            source = first.setdefault(names[0], path[:-1])
+            shared = None if source == path[:-1] else source
+            stacked = order != [None]
+            found.append(Linears(path[:-1], names, stacked, inputs, outputs, row.part, shared))
     return found
 
 
@@ -116,7 +120,7 @@ def weave(params: Params, adapters: Sequence[Adapter], *, ready: bool = False) -
     for order, adapter in enumerate(adapters):
         own = params[KEY][adapter.name]
         for target in adapter.targets:
-            leaves = {**get(own, target.path), **_constants(target)}
+            leaves = _leaves(own, target)
             if ready and adapter.dora:
                 kernel = get(params, target.path)["kernel"][...]
                 leaves["magnitude"] = _each(target, gain)(
@@ -138,6 +142,8 @@ def unweave(tree: Params, adapters: Sequence[Adapter]) -> Params:
         for target in adapter.targets:
             leaves = get(tree, (*target.path, _BESIDE, _place(order)))
             learnt = {name: leaf for name, leaf in leaves.items() if name not in _CONSTANTS}
+            if target.source is not None:
+                del learnt["a"]
             own = with_entry(own, target.path, learnt)
         for path in adapter.saved:
             own = with_entry(own, path, get(tree, path))
@@ -157,6 +163,14 @@ def _constants(target: Target) -> dict[str, Array]:
     if not target.stacked:
         scale, tag = scale[0], tag[0]
     return {"scale": jnp.asarray(scale), "tag": jnp.asarray(tag)}
+
+
+def _leaves(own: Params, target: Target) -> Params:
+    """What one low-rank path is made of, from an adapter's tree."""
+    leaves = {**get(own, target.path), **_constants(target)}
+    if target.source is not None:
+        leaves["a"] = get(own, target.source)["a"]
+    return leaves
 
 
 def _each(target: Target, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,9 +222,8 @@ def _first(adapter: Adapter, target: Target, kernel: Array, key: Array) -> Param
             a = jax.random.uniform(own, (*inputs, r), minval=-width, maxval=width)
         b = jnp.zeros((r, *outputs), jnp.float32)
         if adapter.init is False:
-            drawn = jax.random.uniform(
-                jax.random.fold_in(own, 1), (r, *outputs), minval=-1.0, maxval=1.0
-            )
+            own = jax.random.fold_in(own, zlib.crc32("/".join(target.path).encode()))
+            drawn = jax.random.uniform(own, (r, *outputs), minval=-1.0, maxval=1.0)
             b = drawn / jnp.sqrt(jnp.maximum(rank, 1).astype(jnp.float32))
         return jnp.where(real, a, 0.0), jnp.where(real.reshape(-1, *[1] * len(outputs)), b, 0.0)
 
@@ -219,6 +232,8 @@ def _first(adapter: Adapter, target: Target, kernel: Array, key: Array) -> Param
     leaves = {"a": a, "b": b}
     if adapter.dora:
         leaves["magnitude"] = _each(target, norm)(kernel, a, b, constants["scale"])
+    if target.source is not None:  # the same draw as the first one's: their names are the same
+        del leaves["a"]
     return leaves
 
 
@@ -229,7 +244,7 @@ def merged(params: Params, adapters: Sequence[Adapter]) -> Params:
         own = params[KEY][adapter.name]
         for target in adapter.targets:
             path = (*target.path, "kernel")
-            leaves = {**get(own, target.path), **_constants(target)}
+            leaves = _leaves(own, target)
 
             def one(now: Array, kernel: Array, leaves: Params) -> Array:
                 parts = leaves["a"], leaves["b"], leaves["scale"]

@@ -1,0 +1,82 @@
+"""Qwen3-MoE: Qwen3 with routed experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jrlhf.models.families import qwen3
+from jrlhf.models.families.keys import (
+    classes,
+    read_keys,
+    refuse,
+    window_of,
+    with_defaults,
+    write_keys,
+)
+from jrlhf.models.families.mistral import same_windows
+from jrlhf.models.families.mixtral import experts
+from jrlhf.models.families.rope_config import read_rope, write_rope
+from jrlhf.models.families.table import LLAMA_MODULES, Names, table
+from jrlhf.models.families.weights import Weight
+from jrlhf.models.spec import DecoderSpec, MoeSpec
+
+KEYS = with_defaults(
+    qwen3.KEYS,
+    hidden_size=2048,
+    num_hidden_layers=24,
+    num_key_value_heads=4,
+    head_dim=None,
+) | {"intermediate_size": ("moe_intermediate_size", 768)}
+NAMES = Names(
+    modules=LLAMA_MODULES
+    | {
+        "mlp.router": "mlp.gate",
+        "mlp.gate": "mlp.experts.{expert}.gate_proj",
+        "mlp.up": "mlp.experts.{expert}.up_proj",
+        "mlp.down": "mlp.experts.{expert}.down_proj",
+    }
+)
+
+
+def read(config: Mapping[str, Any]) -> DecoderSpec:
+    """config.json -> spec, with Qwen3MoeConfig's defaults.
+
+    Raises:
+        UnsupportedModelError: some layers have a plain MLP.
+    """
+    refuse(config, "mlp_only_layers", ([], None, ()), "all layers have experts")
+    refuse(config, "decoder_sparse_step", (1,), "all layers have experts")
+    windowed = config.get("use_sliding_window")
+    return DecoderSpec(
+        model_type="qwen3_moe",
+        rope=read_rope(config),
+        qk_norm="head",
+        # Unlike Qwen3, in all layers.
+        windows=same_windows(config, default=4096) if windowed else (),
+        moe=MoeSpec(
+            num_experts=experts(config, 128),
+            experts_per_token=int(config.get("num_experts_per_tok", 8)),
+            normalize=bool(config.get("norm_topk_prob", False)),
+        ),
+        **read_keys(config, KEYS),
+    )
+
+
+def write(spec: DecoderSpec) -> dict[str, Any]:
+    """The keys of config.json that the spec decides."""
+    assert spec.moe is not None
+    return write_keys(spec, KEYS, classes("Qwen3Moe")) | {
+        "rope_parameters": write_rope(spec.rope),
+        "use_sliding_window": any(spec.windows),
+        "sliding_window": window_of(spec),
+        "num_experts": spec.moe.num_experts,
+        "num_local_experts": spec.moe.num_experts,
+        "num_experts_per_tok": spec.moe.experts_per_token,
+        "norm_topk_prob": spec.moe.normalize,
+    }
+
+
+def weights(spec: DecoderSpec) -> tuple[Weight, ...]:
+    """Every tensor of a Qwen3-MoE checkpoint."""
+    return table(spec, NAMES)

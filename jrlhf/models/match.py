@@ -1,0 +1,83 @@
+"""Which tensor of a checkpoint goes where in our tree, and what of it is missing or left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jrlhf.errors import MissingWeightError
+from jrlhf.models.families import Weight, family_of
+from jrlhf.models.hf.reader import Checkpoint
+from jrlhf.models.spec import DecoderSpec
+
+Keys = tuple[str, ...]
+# Index of a tensor along the stacked axes of a leaf: none, the layer, or the layer and the expert.
+At = tuple[int, ...]
+
+
+def match(checkpoint: Checkpoint, spec: DecoderSpec) -> dict[str, str]:
+    """{name in the weight table: name in the checkpoint}, for all that the spec needs.
+
+    Raises:
+        MissingWeightError: the two disagree.
+    """
+    shapes = dict(checkpoint.shapes)
+    theirs = _our_names(shapes, spec)
+    problems: list[str] = []
+    found: dict[str, str] = {}
+    absent: set[str] = set()  # a fused tensor has several rows, and is one difference
+    for row in family_of(spec).weights(spec):
+        for name, _, _ in row.places(spec):
+            if name in theirs:
+                found[name] = theirs.pop(name)
+                shape = shapes[found[name]]
+                if shape != row.hf_shape:
+                    problems.append(f"shape of {name} is {shape}, expected {row.hf_shape}")
+            elif not row.optional and name not in found and name not in absent:
+                absent.add(name)
+                problems.append(f"missing: {name}")
+    # Heads that this use of the checkpoint leaves aside are no surprise, anything else is.
+    aside = {name for row in _all_rows(spec) for name, _, _ in row.places(spec)}
+    ignored = re.compile("|".join(family_of(spec).ignored) or r"(?!)")
+    problems += [
+        f"unexpected: {theirs[name]}"
+        for name in theirs
+        if name not in aside and not ignored.fullmatch(name)
+    ]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise MissingWeightError(
+            f"{checkpoint.path} does not hold the weights that its config describes"
+            f" ({len(problems)} differences):\n  {lines}"
+        )
+    return found
+
+
+def _our_names(shapes: Mapping[str, Any], spec: DecoderSpec) -> dict[str, str]:
+    """{name in the weight table, were it there: name in the checkpoint}."""
+    family = family_of(spec)
+    names = {name: name for name in shapes}
+    for old, new in family.renames:
+        names = {re.sub(old, new, name): theirs for name, theirs in names.items()}
+    if any(name.startswith(family.prefix) for name in names):
+        return names
+    # A bare trunk (transformers' LlamaModel) leaves the prefix off.
+    heads = {row.name for row in _all_rows(spec) if not row.layered}
+    return {n if n in heads else family.prefix + n: theirs for n, theirs in names.items()}
+
+
+def _all_rows(spec: DecoderSpec) -> list[Weight]:
+    """The weight tables of every head that a checkpoint of this family may carry."""
+    weights = family_of(spec).weights
+    causal = spec.replace(head="causal", value_head=True, tie_word_embeddings=False)
+    others = [row for head in ("classifier", "tokens") for row in weights(spec.replace(head=head))]
+    return [*weights(causal), *others]
+
+
+def places_of(spec: DecoderSpec, path: Keys) -> Iterator[tuple[Weight, str, At]]:
+    """(row, name, index along the stacked axes) of every tensor that goes into one leaf."""
+    for row in family_of(spec).weights(spec):
+        for name, where, at in row.places(spec):
+            if where == path:
+                yield row, name, () if at is None else at if isinstance(at, tuple) else (at,)

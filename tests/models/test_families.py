@@ -1,0 +1,206 @@
+"""Families without an oracle: configs there and back, weight tables, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jrlhf.errors import UnsupportedModelError
+from jrlhf.models.build import Net
+from jrlhf.models.decoder import layer_flags
+from jrlhf.models.families import FAMILIES, config_from_spec, family_of, spec_from_config
+from jrlhf.models.load import load_pretrained, save_pretrained
+
+# No two sizes alike where a family allows it, so that a swapped axis cannot fit.
+SMALL = {
+    "vocab_size": 19, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 4,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 40,
+    "head_dim": 4, "ffn_dim": 20, "moe_intermediate_size": 10, "num_local_experts": 5,
+    "num_experts_per_tok": 2, "n_embd": 12, "n_inner": 20, "n_layer": 4, "n_head": 3,
+    "n_positions": 40, "rotary_dim": 2, "sliding_window": 7,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0],
+    "attention_factor": 1.5,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.5}
+FLAGS = {
+    "cohere": {"use_qk_norm": True},
+    "gemma2": {"query_pre_attn_scalar": 168},
+    "gemma3_text": {
+        "sliding_window_pattern": 2,
+        "rope_parameters": {"full_attention": {**YARN, "rope_theta": 3e5}},
+    },
+    "gpt2": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "use_parallel_residual": False},
+    "granite": {"logits_scaling": 49.0, "embedding_multiplier": 12.0},
+    "llama": {"rope_parameters": {**YARN, "truncate": False}},
+    "opt": {"enable_bias": False},
+    "phi3": {"rope_scaling": LONG, "original_max_position_embeddings": 16},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_moe": {"use_sliding_window": True, "norm_topk_prob": True},
+    "smollm3": {"use_sliding_window": True, "rope_parameters": {**LONG, "factor": 2.0}},
+}
+
+
+def config(family, **changes):
+    return {"model_type": family, **SMALL, **changes}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+@pytest.mark.parametrize("head", ["causal", "classifier", "tokens"])
+def test_a_config_written_from_a_spec_gives_the_spec_back(family, flagged, head):
+    given = config(family, **(FLAGS.get(family, {}) if flagged else {}))
+    spec = spec_from_config(given, head=head, num_labels=2)
+    written = config_from_spec(spec)
+    assert spec_from_config(written, head=head, num_labels=2) == spec
+    for key in given.keys() & written.keys() - {"rope_parameters", "sliding_window"}:
+        assert written[key] == given[key], key
+
+
+def test_the_weight_table_covers_each_parameter_once_and_cuts_agree(family):
+    spec = spec_from_config(config(family), value_head=True, trunk_layers=1)
+    net = Net(spec)
+    filled = jax.tree.map(lambda leaf: np.zeros(leaf.shape, int), net.abstract())
+    tensors = {}
+    for row in family_of(spec).weights(spec):
+        ours = np.arange(math.prod(row.shape)).reshape(row.shape)
+        theirs = row.to_hf(ours)
+        if row.part is not None:
+            whole = tensors.setdefault(row.name, np.full(row.hf_shape, -1))
+            row.part.put(whole, theirs)
+            theirs = whole
+        assert theirs.shape == row.hf_shape
+        np.testing.assert_array_equal(row.from_hf(theirs), ours)
+        for axis in range(len(row.shape)):
+            for start, stop in itertools.combinations(range(row.shape[axis] + 1), 2):
+                index = [slice(0, size) for size in row.shape]
+                index[axis] = slice(start, stop)
+                try:
+                    block = theirs[row.hf_index(tuple(index))]
+                except ValueError:  # inside a merged axis: the loader reads the whole
+                    assert any(axis in group[1:] for group in row.groups)
+                    continue
+                cut = ours[tuple(index)]
+                # At most what the tensors that it is fused with put between its stripes.
+                between = 1 if row.part is None or row.part.outer == 1 else row.part.total
+                assert block.size <= cut.size * between
+                np.testing.assert_array_equal(row.from_hf(block, cut.shape), cut)
+        for _, path, at in row.places(spec):
+            node = filled
+            for key in path:
+                node = node[key]
+            place = node if at is None else node[at]
+            assert place.shape == row.shape
+            place += 1
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(filled))
+    assert all((whole >= 0).all() for whole in tensors.values())  # no stripe is left out
+
+
+def test_axes_name_every_axis_of_every_parameter(family):
+    net = Net(spec_from_config(config(family)))
+    names = jax.tree.leaves(net.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    sizes = {
+        "layers": {4}, "vocab": {19}, "embed": {12}, "heads": {3}, "kv_heads": {1, 3},
+        "mlp": {20, 10}, "expert": {5},
+    }  # fmt: skip
+    for leaf, axes in zip(jax.tree.leaves(net.abstract()), names, strict=True):
+        assert len(axes) == leaf.ndim
+        assert all(size in sizes[axis] for size, axis in zip(leaf.shape, axes) if axis)
+    if net.spec.moe:
+        assert net.axes()["layers"]["mlp"]["up"]["kernel"] == ("layers", "expert", "embed", "mlp")
+
+
+REFUSED = [
+    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
+    ("gptj", {"rotary_dim": None}, "rotary_dim=None"),
+    ("gptj", {"rotary_dim": 64}, "rotary_dim=64"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+    ("gpt_oss", {"num_experts_per_tok": 6}, "num_experts_per_tok=6"),
+    ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+    ("opt", {"word_embed_proj_dim": 6}, "word_embed_proj_dim=6"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+    ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+    ("qwen2", {"use_sliding_window": True, "layer_types": ["chunked_attention"]}, "chunked"),
+    ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "gemma3_text"),
+    ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
+def test_a_flag_that_is_not_implemented_is_an_error_that_names_it(family, changes, named):
+    with pytest.raises(UnsupportedModelError, match=named):
+        spec_from_config(config(family, **changes))
+
+
+def test_a_spec_that_no_config_of_its_family_says_is_not_written():
+    spec = spec_from_config(config("qwen2")).replace(windows=(3, 0, 5, 0))
+    with pytest.raises(UnsupportedModelError, match="windows"):
+        config_from_spec(spec)
+    with pytest.raises(UnsupportedModelError, match="attention_softcap"):
+        config_from_spec(spec.replace(windows=(), attention_softcap=3.0))
+
+
+def test_old_configs_mean_the_same():
+    old = {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": {"type": "linear"}}
+    old["rope_scaling"]["factor"] = 8.0
+    spec = spec_from_config(config("gemma3_text", **old))
+    assert (spec.rope.rope_theta, spec.rope.factor) == (2e6, 8.0)
+    assert (spec.local_rope.rope_theta, spec.local_rope.rope_type) == (2e4, "default")
+    assert spec.windows == (7, 7, 7, 7)  # the sixth layer would be the first full one
+    spec = spec_from_config(config("phi3", rope_scaling={**LONG, "type": "su", "rope_type": None}))
+    assert spec.rope.rope_type == "longrope"
+    assert spec.rope.factor == 40 / 4096
+    spec = spec_from_config(config("gpt_neox", rotary_pct=0.5, rotary_emb_base=77))
+    assert (spec.rope.rope_theta, spec.rope.turned(4)) == (77.0, 2)
+
+
+def test_layers_alike_have_no_flags():
+    plain = layer_flags(spec_from_config(config("llama")))
+    assert tuple(plain) == (None, None, None)
+    mixed = layer_flags(spec_from_config(config("gemma2")))
+    assert mixed.window.tolist() == [7, 2**31 - 1, 7, 2**31 - 1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "smollm3", "gpt_oss", "gpt2"])
+def test_a_deeper_model_is_no_larger_program(family):
+    """Layers that differ are scanned like layers that do not."""
+
+    def equations(layers):
+        depth = {"num_hidden_layers": layers, "n_layer": layers}
+        flags = {"scale_attn_by_inverse_layer_idx": True}
+        net = Net(spec_from_config(config(family, **depth, **flags)))
+        ids = jax.ShapeDtypeStruct((2, 9), np.int32)
+        return str(jax.make_jaxpr(net.hidden)(net.abstract(), ids)).count("\n")
+
+    assert equations(32) == equations(8)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "gpt_neox", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("head", ["causal", "classifier"])
+def test_fused_and_split_tensors_load_and_save_alike(tmp_path, family, head, hf_tensors):
+    path, tensors = hf_tensors(config(family), head=head)
+    net, params, source = load_pretrained(path, head=head)
+    save_pretrained(tmp_path / "again", net, params, source=source, max_shard_size="4KB")
+    from jrlhf.models.hf.reader import SafetensorsCheckpoint
+
+    again = SafetensorsCheckpoint(tmp_path / "again")
+    assert again.shapes.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        whole = tuple(slice(0, n) for n in tensor.shape)
+        np.testing.assert_array_equal(again.read(name, whole), tensor, err_msg=name)
