@@ -303,12 +303,11 @@ class _Auto:
             num_layers_unfrozen: upper layers that are trained; -1: all.
             remat: policy of recomputation in the backward pass.
             seed: of heads that the checkpoint does not have.
-            param_dtype: type in which the weights are kept; bfloat16 is for what is not trained,
-                such as the base of an adapter.
+            param_dtype: type in which the weights are kept; bfloat16 is for what is not trained.
             **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`;
                 `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter.
 
-        An adapter's directory gives its base with the adapter on it, a `jrlhf.peft.PeftModel`.
+        An adapter's directory gives a `jrlhf.peft.PeftModel`: the base that it names, adapted.
 
         Raises:
             MissingFileError, UnsupportedModelError, MissingWeightError, MeshError, ConfigError
@@ -325,26 +324,20 @@ class _Auto:
         base = base_of(hub.resolve(pretrained_model_name_or_path))
         if base is not None:
             adapter, pretrained_model_name_or_path = pretrained_model_name_or_path, base
-        layout = None if placed is None else functools.partial(_layout, mesh=placed)
         net, params, source = load_pretrained(
             pretrained_model_name_or_path,
             dtype=dtype,
             param_dtype=_dtype(param_dtype),
             num_layers_unfrozen=num_layers_unfrozen,
             remat=remat,
-            shardings=layout,
+            shardings=None if placed is None else functools.partial(params_shardings, mesh=placed),
             key=jax.random.key(seed),
             **choices,
         )
-        if kind is not None:
-            params = quantize(params, linear_maps(net.spec), kind, dtype=dtype)
+        params = quantize(params, linear_maps(net.spec), kind, dtype=dtype) if kind else params
         name = str(pretrained_model_name_or_path)
         model = Model(net, params, source=source, mesh=placed, name_or_path=name)
-        if adapter is None:
-            return model
-        from jrlhf.peft import PeftModel
-
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        return model if adapter is None else _with_adapter(model, adapter)
 
     @classmethod
     def from_config(
@@ -359,8 +352,10 @@ class _Auto:
         return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
 
 
-def _layout(net: Net, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
-    return params_shardings(net, abstract, mesh)
+def _with_adapter(model: Model, directory: str | Path) -> Model:
+    from jrlhf.peft import PeftModel
+
+    return PeftModel.from_pretrained(model, directory, is_trainable=True)
 
 
 def as_mesh(mesh: Any) -> jax.sharding.Mesh | None:

@@ -70,16 +70,17 @@ def peft_config(script: AdapterArguments) -> Any:
     targets: Any = script.lora_target_modules
     if targets is not None and len(targets) == 1 and _is_pattern(targets[0]):
         targets = targets[0]
-    return LoraConfig(
-        r=script.lora_r,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=targets,
-        modules_to_save=script.lora_modules_to_save,
-        task_type=script.lora_task_type,
-        use_rslora=script.use_rslora,
-        use_dora=script.use_dora,
-    )
+    fields: dict[str, Any] = {
+        "r": script.lora_r,
+        "lora_alpha": script.lora_alpha,
+        "lora_dropout": script.lora_dropout,
+        "target_modules": targets,
+        "modules_to_save": script.lora_modules_to_save,
+        "task_type": script.lora_task_type,
+        "use_rslora": script.use_rslora,
+        "use_dora": script.use_dora,
+    }
+    return LoraConfig(**fields)
 
 
 def _is_pattern(name: str) -> bool:

@@ -39,13 +39,11 @@ def outputs(
         params: its parameters.
         batch: `ids [... s]` and `lengths [...]`; for packed rows `segments` and `positions [... s]`
             (segment 0 is padding, a document's first token is not scored); for rollouts
-            `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none;
-            in a training step `dropout [b 2]`, see `train.step.make_step`.
-            Leading axes (pairs) are flattened into rows and restored.
+            `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none; in
+            a training step `dropout [b 2]`. Leading axes (pairs) are flattened and restored.
         temperature: divides the logits, as in the sampler.
         entropy: also returns the entropy of each token's distribution.
-        value_net: a separate value model; without it `net`'s own value head speaks, if it has one.
-        value_params: the parameters of `value_net`.
+        value_net, value_params: a separate value model; without it `net`'s own value head speaks.
 
     Returns:
         Per-token arrays of the shape of `slots` (of `ids` without slots), or scores per row.

@@ -87,9 +87,8 @@ class GRPOTrainer(Trainer):
             steps_per_epoch=prompts.per_epoch * plan.steps,
             callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
             keep_start=reference is not None,
-            entropy=True,
-            dropout=not args.disable_dropout,
-        )
+            entropy=True, dropout=not args.disable_dropout,
+        )  # fmt: skip
         source.frozen, source.trainer_state = self._frozen, self.state
 
     def _engine(self, room: int, rows: int) -> Engine:

@@ -29,6 +29,7 @@ from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
 from jrlhf.trainers.adapters import dropout_seed, say_once
 from tests.rollout.conftest import word_tokenizer
 
+DEVICES = jax.device_count()
 WORDS = [f"w{i}" for i in range(40)]
 CONFIG = {
     "model_type": "llama",
@@ -133,9 +134,11 @@ def test_dropout_acts_in_training_alone_and_no_split_of_the_batch_changes_it() -
         return trainer, trainer.train().training_loss
 
     chosen = LORA.replace(init_lora_weights=False)
-    trainer, plain = loss(chosen.replace(lora_dropout=0.0), per_device_train_batch_size=2)
-    _, dropped = loss(chosen, per_device_train_batch_size=2)
-    _, split = loss(chosen, gradient_accumulation_steps=2)
+    trainer, plain = loss(
+        chosen.replace(lora_dropout=0.0), per_device_train_batch_size=16 // DEVICES
+    )
+    _, dropped = loss(chosen, per_device_train_batch_size=16 // DEVICES)
+    _, split = loss(chosen, per_device_train_batch_size=8 // DEVICES, gradient_accumulation_steps=2)
     assert abs(plain - dropped) > 1e-3
     assert dropped == pytest.approx(split, rel=1e-6)
     rows = [{"text": text(i, 8)} for i in range(16)]
@@ -211,7 +214,8 @@ def test_grpo_and_ppo_sample_from_the_adapter_and_score_the_base() -> None:
         model=base(),
         reward_funcs=rewards,
         args=GRPOConfig(output_dir="grpo", num_generations=4, max_completion_length=6, beta=0.1,
-                        **FIELDS | {"max_steps": 2, "learning_rate": 0.1}),
+                        **FIELDS | {"max_steps": 2, "learning_rate": 0.1,
+                                    "per_device_train_batch_size": max(1, 8 // DEVICES)}),
         train_dataset=prompts,
         peft_config=LORA,
     )  # fmt: skip

@@ -104,8 +104,8 @@ class LoraConfig:
         }
         for name, value in ranks.items():
             _require(isinstance(value, int) and value >= 1, name, "must be at least 1", value)
-        for name, value in alphas.items():
-            _require(value > 0, name, "must be positive", value)
+        for name, alpha in alphas.items():
+            _require(alpha > 0, name, "must be positive", alpha)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)",
                  self.lora_dropout)  # fmt: skip
         if self.task_type is not None and self.task_type not in TASK_TYPES:

@@ -54,8 +54,8 @@ def tensors(
     for row, places in weights:
         for name, path, layer in places:
             if path in adapter.saved:
-                at = () if layer is None else layer if isinstance(layer, tuple) else (layer,)
-                yield Tensor(_PREFIX + name, row, path, at)
+                stack = layer if isinstance(layer, tuple) else (layer,)
+                yield Tensor(_PREFIX + name, row, path, () if layer is None else stack)
 
 
 def _of_map(
