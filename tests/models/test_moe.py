@@ -138,7 +138,7 @@ def test_the_balancing_loss_and_its_gradient_equal_transformers(family, tmp_path
     rest = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     values = {k: v for k, v in CONFIG.items() if k != "model_type"} | rest
     config = transformers.AutoConfig.for_model(family, **values)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path / "model")
     model.double()

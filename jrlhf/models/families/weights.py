@@ -135,8 +135,8 @@ class Weight:
             if step != 1:
                 raise ValueError(f"{self.name}: a slice with a step.")
             start, stop = start * inner, stop * inner
-            fused = self.part is not None and self.part.axis == at
-            whole.append(self.part.index(start, stop) if fused else slice(start, stop))
+            part = self.part if self.part is not None and self.part.axis == at else None
+            whole.append(slice(start, stop) if part is None else part.index(start, stop))
         return tuple(whole)
 
     def places(self, spec: DecoderSpec) -> Iterator[tuple[str, Path, int | tuple[int, int] | None]]:
