@@ -18,10 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.errors import ConfigError, ModelError, suggest
-from jrlhf.models.build import Net, Params
+from jrlhf.models import hub
+from jrlhf.models.build import Net, Params, linear_maps
 from jrlhf.models.build_encoder import AnyNet, EncoderNet, net_of
 from jrlhf.models.families import config_from_spec, spec_from_config
+from jrlhf.models.halves import restack
 from jrlhf.models.load import Source, load_pretrained, save_pretrained
+from jrlhf.models.lora.config import base_of
+from jrlhf.models.quantize import asked_for, quantize
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.rollout.encode import classify_like_transformers
 from jrlhf.rollout.generate import generate_like_transformers
@@ -33,11 +37,13 @@ from jrlhf.sharding.rules import activate
 _ELSEWHERE = {
     "device_map": "give mesh={'fsdp': 4} instead",
     "trust_remote_code": "jrlhf never runs code from a checkpoint",
-    "quantization_config": "quantised weights are not supported",
-    "load_in_8bit": "quantised weights are not supported",
-    "load_in_4bit": "quantised weights are not supported",
+    "quantization_config": "give load_in_8bit=True (int8) or load_in_4bit=True (nf4)",
     "attn_implementation": "the attention kernel follows the platform",
 }
+
+
+_OPTIONS = ("dtype", "mesh", "num_layers_unfrozen", "remat", "seed", "param_dtype",
+            "load_in_8bit", "load_in_4bit")  # fmt: skip
 
 
 class ModelOutput(NamedTuple):
@@ -228,6 +234,23 @@ class Model:
             max_shard_size=max_shard_size,
         )
 
+    def to_mesh(self, mesh: jax.sharding.Mesh) -> None:
+        """Lays the parameters out over a mesh."""
+        net = self._whole_net()
+        self.params = jax.device_put(self.params, params_shardings(net, self.params, mesh))
+        self.mesh = mesh
+
+    def _whole_net(self) -> AnyNet:
+        """The net of every parameter that is held."""
+        return self.net
+
+    def _with(self, net: AnyNet, params: Params) -> Model:
+        """The same model with another net and its parameters."""
+        return Model(
+            net, params, source=self.source, mesh=self.mesh, name_or_path=self.name_or_path,
+            tokenizer=self._tokenizer,
+        )  # fmt: skip
+
     def respec(self, *, seed: int = 0, **changes: Any) -> Model:
         """The same weights under a spec that differs in dtype, remat, trunk or value head.
 
@@ -236,22 +259,18 @@ class Model:
         spec = self.net.spec.replace(**changes)
         if spec == self.net.spec:
             return self
-        net = net_of(spec)
-        params = _restack(self.params, spec.trunk_layers)
+        net = self.net.of(spec)
+        params = dict(self.params)
+        if spec.trunk_layers != self.net.spec.trunk_layers:
+            params = restack(params, spec.trunk_layers)
         if spec.value_head and "value" not in params:
             params["value"] = jax.jit(lambda key: net.init(key)["value"])(jax.random.key(seed))
         if not spec.value_head:
             params.pop("value", None)
+        changed = self._with(net, params)
         if self.mesh is not None:
-            params = jax.device_put(params, params_shardings(net, params, self.mesh))
-        return Model(
-            net,
-            params,
-            source=self.source,
-            mesh=self.mesh,
-            name_or_path=self.name_or_path,
-            tokenizer=self._tokenizer,
-        )
+            changed.to_mesh(self.mesh)
+        return changed
 
 
 def _ints(x: Any) -> jax.Array:
@@ -279,19 +298,6 @@ def _forward(
         return ModelOutput(logits, net.values(params, hidden) if net.spec.value_head else None)
 
 
-def _restack(params: Params, trunk: int) -> Params:
-    """Moves the border between the frozen lower layers and the rest."""
-    stacks = [params[name] for name in ("trunk", "layers") if name in params]
-    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-    out = {name: value for name, value in params.items() if name not in ("trunk", "layers")}
-    count = jax.tree.leaves(whole)[0].shape[0]
-    if trunk:
-        out["trunk"] = jax.tree.map(lambda x: x[:trunk], whole)
-    if trunk < count:
-        out["layers"] = jax.tree.map(lambda x: x[trunk:], whole)
-    return out
-
-
 class _Auto:
     """Shared by the three factories; never instantiated."""
 
@@ -311,44 +317,53 @@ class _Auto:
         num_layers_unfrozen: int = -1,
         remat: str = "none",
         seed: int = 0,
+        param_dtype: str = "float32",
         **more: Any,
     ) -> Model:
         """Loads a hub id, a Hugging Face directory, a GGUF file or a glassllm directory.
 
         Args:
             pretrained_model_name_or_path: what to load.
-            dtype: compute type, "float32" or "bfloat16"; the weights are float32.
+            dtype: compute type, "float32" or "bfloat16".
             mesh: a mesh, or its sizes ({"fsdp": 4} or "fsdp=4"); None: one device.
             num_layers_unfrozen: upper layers that are trained; -1: all.
             remat: policy of recomputation in the backward pass.
             seed: of heads that the checkpoint does not have.
-            **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`.
+            param_dtype: type in which the weights are kept; bfloat16 is for what is not trained.
+            **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`;
+                `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter.
+
+        An adapter's directory gives a `jrlhf.peft.PeftModel`: the base that it names, adapted.
 
         Raises:
             MissingFileError, UnsupportedModelError, MissingWeightError, MeshError, ConfigError
         """
         dtype = _dtype(more.pop("torch_dtype", dtype))
+        kind = asked_for(more)
         choices = {**cls._choices, **{k: more.pop(k) for k in cls._extra if k in more}}
         for name in more:
             if name in _ELSEWHERE:
                 raise ConfigError(f"from_pretrained: {name} is not supported: {_ELSEWHERE[name]}.")
-            known = ["dtype", "mesh", "num_layers_unfrozen", "remat", "seed", *cls._extra]
+            known = [*_OPTIONS, *cls._extra]
             raise ConfigError(f"from_pretrained has no argument {name!r}.{suggest(name, known)}")
-        placed = as_mesh(mesh)
-        layout = None
-        if placed is not None:
-            layout = functools.partial(_layout, mesh=placed)
+        placed, adapter = as_mesh(mesh), None
+        base = base_of(hub.resolve(pretrained_model_name_or_path))
+        if base is not None:
+            adapter, pretrained_model_name_or_path = pretrained_model_name_or_path, base
         net, params, source = load_pretrained(
             pretrained_model_name_or_path,
             dtype=dtype,
+            param_dtype=_dtype(param_dtype),
             num_layers_unfrozen=num_layers_unfrozen,
             remat=remat,
-            shardings=layout,
+            shardings=None if placed is None else functools.partial(params_shardings, mesh=placed),
             key=jax.random.key(seed),
             **choices,
         )
+        params = quantize(params, linear_maps(net.spec), kind, dtype=dtype) if kind else params
         name = str(pretrained_model_name_or_path)
-        return Model(net, params, source=source, mesh=placed, name_or_path=name)
+        model = Model(net, params, source=source, mesh=placed, name_or_path=name)
+        return model if adapter is None else _with_adapter(model, adapter)
 
     @classmethod
     def from_config(
@@ -365,6 +380,12 @@ class _Auto:
 
 def _layout(net: AnyNet, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
     return params_shardings(net, abstract, mesh)
+
+
+def _with_adapter(model: Model, directory: str | Path) -> Model:
+    from jrlhf.peft import PeftModel
+
+    return PeftModel.from_pretrained(model, directory, is_trainable=True)
 
 
 def as_mesh(mesh: Any) -> jax.sharding.Mesh | None:

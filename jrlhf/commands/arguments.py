@@ -8,6 +8,7 @@ import re
 import typing
 from typing import Any, TypeVar
 
+from jrlhf.commands.adapters import AdapterArguments
 from jrlhf.config import aliases, config, parse_text, read_yaml
 from jrlhf.errors import ConfigError, suggest
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 @config
-class ScriptArguments:
+class ScriptArguments(AdapterArguments):
     """What a training verb needs beside the trainer's config, by TRL's names.
 
     Attributes:

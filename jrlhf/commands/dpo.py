@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jrlhf.commands import training
+from jrlhf.commands.adapters import peft_config
 from jrlhf.config import config
 
 
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
         ref_model=own.ref_model_name_or_path,
         args=config,
         train_dataset=train,
+        peft_config=peft_config(script),
         eval_dataset=evaluation,
     )
     return training.run(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jrlhf.commands import training
+from jrlhf.commands.adapters import peft_config
 from jrlhf.config import config
 from jrlhf.errors import ConfigError
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
         reward_funcs=rewards,
         args=config,
         train_dataset=train,
+        peft_config=peft_config(script),
         ref_model=own.ref_model_name_or_path,
     )
     return training.run(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jrlhf.commands import training
+from jrlhf.commands.adapters import peft_config
 from jrlhf.config import config
 
 
@@ -35,5 +36,6 @@ def main(argv: list[str]) -> int:
         value_model=own.value_model_name_or_path,
         reward_model=rewards or None,
         train_dataset=train,
+        peft_config=peft_config(script),
     )
     return training.run(trainer)

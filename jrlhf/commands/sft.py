@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jrlhf.commands import training
+from jrlhf.commands.adapters import peft_config
 
 
 def main(argv: list[str]) -> int:
@@ -15,6 +16,7 @@ def main(argv: list[str]) -> int:
         model=script.model_name_or_path,
         args=config,
         train_dataset=train,
+        peft_config=peft_config(script),
         eval_dataset=evaluation,
     )
     return training.run(trainer)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jrlhf.commands.adapters import loading
 from jrlhf.commands.arguments import ScriptArguments, parse
 from jrlhf.config import to_dict
 from jrlhf.errors import ConfigError
@@ -17,8 +18,9 @@ def arguments(argv: list[str], config_class: type, *more: type, verb: str) -> li
     script, config, *rest = parse(argv, ScriptArguments, config_class, *more, verb=verb)
     if script.dataset_name is None:
         raise ConfigError(f"jrlhf {verb} needs --dataset_name.")
-    if script.dtype != "float32":
-        init = {"dtype": script.dtype, **(config.model_init_kwargs or {})}
+    asked = {"dtype": script.dtype} if script.dtype != "float32" else {}
+    if asked := {**asked, **loading(script)}:
+        init = {**asked, **(config.model_init_kwargs or {})}
         config = dataclasses.replace(config, model_init_kwargs=init)
     return [script, config, *rest]
 

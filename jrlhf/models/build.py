@@ -17,37 +17,51 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jrlhf.errors import ModelError
 from jrlhf.models.axes import Axes
 from jrlhf.models.cache import Cache
 from jrlhf.models.decoder import Context, Decoder
+from jrlhf.models.encoder_spec import AnySpec
+from jrlhf.models.halves import combine as combine
+from jrlhf.models.halves import partition as partition
+from jrlhf.models.halves import restack as restack
 from jrlhf.models.heads import last_token
+from jrlhf.models.lora import tree as lora
+from jrlhf.models.lora.config import LoraConfig
+from jrlhf.models.lora.layer import dropping
+from jrlhf.models.lora.plan import Adapter, Linears, plan
 from jrlhf.models.moe import Routing
+from jrlhf.models.quantize import is_quantized
 from jrlhf.models.rope import Rotation, rotation
 from jrlhf.models.spec import DecoderSpec, RopeSpec
 from jrlhf.ops.logps import head_logits
 
 if TYPE_CHECKING:
-    from jrlhf.models.build_encoder import AnyNet
+    pass
 
 Params = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=64)
-def _graph(spec: DecoderSpec, unrolled: bool) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+def _graph(
+    spec: DecoderSpec, adapters: tuple[Adapter, ...], unrolled: bool
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """The static half of the module and its abstract state."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(spec, jax.random.key(0), unrolled=unrolled)))
+
+    def make() -> Decoder:
+        module = Decoder(spec, jax.random.key(0), unrolled=unrolled)
+        lora.attach(module, adapters, unrolled=unrolled)
+        return module
+
+    return nnx.split(nnx.eval_shape(make))
 
 
-def _module(spec: DecoderSpec, params: Params) -> Decoder:
-    """Merges params into a module, for the duration of one traced call."""
-    layers = params.get("layers")
-    if isinstance(layers, list | tuple):
-        params = {**params, "layers": dict(enumerate(layers))}
-        return nnx.merge(_graph(spec, True)[0], params)
-    return nnx.merge(_graph(spec, False)[0], params)
+@functools.lru_cache(maxsize=64)
+def linear_maps(spec: DecoderSpec) -> tuple[Linears, ...]:
+    """What adapters can adapt: every linear map of the layers, by its checkpoint's names."""
+    return tuple(lora.linears(spec, nnx.eval_shape(lambda: Decoder(spec, jax.random.key(0)))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,27 +73,66 @@ class Net:
     `head.kernel [d v]`, `score.kernel [d n]`, `value.{kernel [d 1], bias [1]}`, `positions.table`.
     Kernels are [inputs..., outputs...]: q [d h e], k and v [d k e], o [h e d], gate and up [d f],
     down [f d]; of routed experts `mlp.router [d x]` and gate, up and down with an axis x in front.
+    With adapters there is also `adapters.{name}`, see `models/lora/tree.py`.
+
+    Attributes:
+        spec: the base.
+        adapters: the active ones, in the order in which they are added. Trees of others may lie in
+            params; they are left alone. Without any the net is the base.
     """
 
     spec: DecoderSpec
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def base(self) -> Net:
+        """The net with every adapter off; it takes the same params."""
+        return Net(self.spec)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a training step drops inputs (of adapters), and so needs keys."""
+        return any(adapter.dropout for adapter in self.adapters)
+
+    def of(self, spec: AnySpec) -> Net:
+        """The net of a changed spec, with the same adapters."""
+        assert isinstance(spec, DecoderSpec)
+        return dataclasses.replace(self, spec=spec)
+
+    def adapter(self, config: LoraConfig, *, name: str = "default", strict: bool = True) -> Adapter:
+        """Plans an adapter; see `lora.plan.plan` for the arguments and errors."""
+        return plan(
+            config,
+            linear_maps(self.spec),
+            lora.weights(self.spec),
+            model_type=self.spec.model_type,
+            tied=self.spec.tie_word_embeddings and self.spec.head == "causal",
+            name=name,
+            strict=strict,
+        )
 
     def init(self, key: Array) -> Params:
         """Draws float32 weights: N(0, initializer_range^2), norms 1, biases 0, as transformers."""
-        return nnx.to_pure_dict(nnx.split(Decoder(self.spec, key))[1])
+        params = nnx.to_pure_dict(nnx.split(Decoder(self.spec, key))[1])
+        if not self.adapters:
+            return params
+        own = {adapter.name: lora.init(adapter, params, key) for adapter in self.adapters}
+        return {**params, lora.KEY: own}
 
     def abstract(self) -> Params:
         """Shapes and dtypes of `init`, without computing anything."""
-        return nnx.to_pure_dict(_graph(self.spec, False)[1])
+        state = nnx.to_pure_dict(_graph(self.spec, self.adapters, False)[1])
+        return lora.unweave(state, self.adapters)
 
     def axes(self) -> dict[str, Any]:
         """Logical axis names, a tuple per parameter, in the structure of params."""
-        state = _graph(self.spec, False)[1]
+        state = _graph(self.spec, self.adapters, False)[1]
 
         def names(variable: nnx.Variable[Any]) -> Axes:
             return variable.get_metadata()["axes"]
 
         named = jax.tree.map(names, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        return nnx.to_pure_dict(named)
+        return lora.unweave(nnx.to_pure_dict(named), self.adapters)
 
     def hidden(
         self,
@@ -90,6 +143,7 @@ class Net:
         positions: Int[Array, "b s"] | None = None,
         lengths: Int[Array, " b"] | None = None,
         trunk: Float[Array, "b s d"] | None = None,
+        dropout: UInt32[Array, "b 2"] | None = None,
     ) -> Float[Array, "b s d"]:
         """Hidden states after the final norm, in the compute dtype.
 
@@ -103,12 +157,14 @@ class Net:
             lengths: real tokens per right-padded row. Causality makes it redundant but for the
                 rope types whose angles depend on the document's length (dynamic, longrope).
             trunk: what `trunk` gave for these rows: the frozen layers are then not run again.
+            dropout: raw data of one key per row, in training; None: adapters drop nothing.
 
         Returns:
             [b s d]; at padding the values are finite and mean nothing.
         """
         context = self._context(ids, segments, positions, lengths)
-        return _module(self.spec, params).hidden(ids, context, trunk)[0]
+        with dropping(dropout):
+            return self._module(params).hidden(ids, context, trunk)[0]
 
     def trunk(
         self,
@@ -122,10 +178,10 @@ class Net:
         """The float32 residual stream where the frozen layers end, for `hidden`.
 
         It depends on frozen parameters alone, so one pass serves every epoch over the same rows,
-        and the policy and its reference alike.
+        and the policy and its reference alike. Not so with adapters, which reach into the trunk.
         """
         context = self._context(ids, segments, positions, lengths)
-        return _module(self.spec, params).below(ids, context)
+        return self._module(params).below(ids, context)
 
     def hidden_and_routing(
         self,
@@ -149,7 +205,7 @@ class Net:
         elif lengths is not None:
             real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
         context = self._context(ids, segments, positions, lengths)._replace(real=real)
-        hidden, routing = _module(self.spec, params).hidden(ids, context)
+        hidden, routing = self._module(params).hidden(ids, context)
         assert routing is not None
         return hidden, routing
 
@@ -160,7 +216,7 @@ class Net:
         """
         if self.spec.head != "causal":
             raise ModelError("A classifier has no causal head: load it with head='causal'.")
-        return _module(self.spec, params).head_kernel()
+        return self._module(params).head_kernel()
 
     def head_states(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
         """Hidden states as `head` takes them: a 1 is appended where the head has a bias row."""
@@ -179,7 +235,7 @@ class Net:
         """Value estimates of hidden states, float32."""
         if not self.spec.value_head:
             raise ModelError("This model has no value head: load it with value_head=True.")
-        return _module(self.spec, params).value(hidden)[..., 0]
+        return self._module(params).value(hidden)[..., 0]
 
     def scores(
         self, params: Params, hidden: Float[Array, "b s d"], lengths: Int[Array, " b"]
@@ -191,13 +247,13 @@ class Net:
         """
         if self.spec.head != "classifier":
             raise ModelError("This model has no classifier: load it with head='classifier'.")
-        return _module(self.spec, params).score(last_token(hidden, lengths))
+        return self._module(params).score(last_token(hidden, lengths))
 
     def token_scores(self, params: Params, hidden: Float[Array, "b s d"]) -> Float[Array, "b s n"]:
         """The token classifier's scores of every token, float32."""
         if self.spec.head != "tokens":
             raise ModelError("This model has no token classifier: load it with head='tokens'.")
-        return _module(self.spec, params).score(hidden)
+        return self._module(params).score(hidden)
 
     def prefill(
         self, params: Params, ids: Int[Array, "b s"], lengths: Int[Array, " b"], *, cache_size: int
@@ -215,7 +271,7 @@ class Net:
         """
         if cache_size < ids.shape[1]:
             raise ModelError(f"cache_size={cache_size} is less than the {ids.shape[1]} prompt ids.")
-        module = _module(self.spec, params)
+        module = self._module(params)
         context = self._context(ids, None, None, lengths)
         return module.prefill(ids, context, cache_size=cache_size)
 
@@ -250,7 +306,7 @@ class Net:
         context = self._positioned(positions[:, None], positions[:, None] + 1)._replace(
             valid=valid, behind=behind, slot=jnp.asarray(slot, jnp.int32)
         )
-        hidden, cache = _module(self.spec, params).decode(ids[:, None], context, cache)
+        hidden, cache = self._module(params).decode(ids[:, None], context, cache)
         return hidden[:, 0], cache
 
     def unstack(self, params: Params) -> Params:
@@ -259,6 +315,7 @@ class Net:
         Slicing a stack costs a copy of the weights at every token; here it is paid once per
         rollout. Norms, biases, routers, the value head and the classifier keep their own type.
         """
+        params = lora.weave(params, self.adapters, ready=True)
         cast = {key: value for key, value in params.items() if key not in ("trunk", "layers")}
         layers: list[Any] = []
         for name in ("trunk", "layers"):
@@ -269,13 +326,24 @@ class Net:
                 ]
         cast["layers"] = layers
 
-        def lower(path: tuple[Any, ...], leaf: Array) -> Array:
+        def lower(path: tuple[Any, ...], leaf: Any) -> Any:
+            if is_quantized(leaf):
+                return leaf
             names = {str(getattr(key, "key", "")) for key in path}
-            is_dot = bool(names & {"kernel", "table"})
+            is_dot = bool(names & {"kernel", "table", "a", "b"})
             is_dot = is_dot and not names & {"value", "score", "router"}
             return leaf.astype(self.spec.dtype) if is_dot else leaf
 
-        return jax.tree_util.tree_map_with_path(lower, cast)
+        return jax.tree_util.tree_map_with_path(lower, cast, is_leaf=is_quantized)
+
+    def _module(self, params: Params) -> Decoder:
+        """Merges params into a module, for the duration of one traced call."""
+        params = lora.weave(params, self.adapters)
+        layers = params.get("layers")
+        if isinstance(layers, list | tuple):
+            params = {**params, "layers": dict(enumerate(layers))}
+            return nnx.merge(_graph(self.spec, self.adapters, True)[0], params)
+        return nnx.merge(_graph(self.spec, self.adapters, False)[0], params)
 
     def _context(
         self,
@@ -322,22 +390,3 @@ def _document_lengths(
         return last[segments] + 1
 
     return jax.vmap(row)(jnp.broadcast_to(positions, segments.shape), segments)
-
-
-def partition(params: Params, net: AnyNet) -> tuple[Params, Params]:
-    """Splits params into (trainable, frozen).
-
-    With `trunk_layers` the trunk and the embedding (which is the head too when tied) are frozen;
-    otherwise everything is trainable. Both halves are plain sub-dicts, so they can be passed to a
-    jitted function apart: gradients with respect to `trainable` never enter the trunk.
-    """
-    frozen = {"trunk", "embed", "positions"} if net.spec.trunk_layers else set()
-    return (
-        {key: value for key, value in params.items() if key not in frozen},
-        {key: value for key, value in params.items() if key in frozen},
-    )
-
-
-def combine(trainable: Params, frozen: Params) -> Params:
-    """Puts the two halves of `partition` together again."""
-    return {**frozen, **trainable}

@@ -43,6 +43,26 @@ class EncoderNet:
 
     spec: EncoderSpec
 
+    @property
+    def adapters(self) -> tuple[()]:
+        """None: adapters are for decoders."""
+        return ()
+
+    @property
+    def base(self) -> EncoderNet:
+        """Itself."""
+        return self
+
+    @property
+    def drops(self) -> bool:
+        """False: an encoder trains without dropout."""
+        return False
+
+    def of(self, spec: AnySpec) -> EncoderNet:
+        """The net of a changed spec."""
+        assert isinstance(spec, EncoderSpec)
+        return EncoderNet(spec)
+
     def init(self, key: Array) -> Params:
         """Draws float32 weights: N(0, initializer_range^2), norms 1, biases 0."""
         return nnx.to_pure_dict(nnx.split(Encoder(self.spec, key))[1])

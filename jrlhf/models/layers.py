@@ -245,9 +245,13 @@ class Linear(nnx.Module):
         if bias:
             self.bias = constant(0.0, outputs, lead=lead, axes=axes[len(inputs) :])
         self.has_bias = bias
+        # Low-rank paths of the active adapters (`models/lora`), in their order.
+        self.lora = nnx.Dict()
 
     def __call__(self, x: Array) -> Array:
         y = dot(x, self.kernel[...], self.inputs, self.dtype)
+        for path in self.lora.values():
+            y = path(x, y, self.kernel[...])
         return add_bias(y, self.bias[...]) if self.has_bias else y
 
 
@@ -327,5 +331,8 @@ class Mlp(nnx.Module):
         if not self.gated:
             return self.down(ACTIVATIONS[self.act](constrain(self.up(x), axes)))
         gate, up = constrain(self.gate(x), axes), constrain(self.up(x), axes)
+        if self.down.lora:  # its path reads the product too
+            low_gate, low_up = gate.astype(self.down.dtype), up.astype(self.down.dtype)
+            return self.down(_gated(low_gate, low_up, self.act))
         y = gated_dot(gate, up, self.down.kernel[...], self.act, self.down.dtype)
         return add_bias(y, self.down.bias[...]) if self.down.has_bias else y

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jrlhf.errors import ConfigError
+from jrlhf.errors import ConfigError, ModelError
 from jrlhf.models import hub
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
@@ -25,6 +25,7 @@ from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
 from jrlhf.models.hf.reader import Checkpoint, SafetensorsCheckpoint
 from jrlhf.models.match import At, match, places_of
+from jrlhf.models.quantize import holds_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,9 +117,9 @@ def load_pretrained(
     abstract = net.abstract()
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
-    leaves = _flatten(placed)
+    leaves = flatten(placed)
     filled: dict[Keys, jax.Array] = {}
-    for path, leaf in _flatten(abstract).items():
+    for path, leaf in flatten(abstract).items():
         places = {
             at: (row, names[name]) for row, name, at in places_of(spec, path) if name in names
         }
@@ -129,7 +130,7 @@ def load_pretrained(
     source = Source(
         checkpoint.kind, checkpoint.path, checkpoint.config, checkpoint.generation_config
     )
-    return net, _nest(filled), source
+    return net, nest(filled), source
 
 
 def _trunk_layers(unfrozen: int, layers: int) -> int:
@@ -200,19 +201,21 @@ def _draw(
         return {}
 
     def draw(key: jax.Array) -> list[jax.Array]:
-        leaves = _flatten(net.init(key))
+        leaves = flatten(net.init(key))
         return [leaves[path].astype(dtype) for path in paths]
 
     drawn = jax.jit(draw, out_shardings=[shardings[path] for path in paths])(key)
     return dict(zip(paths, drawn, strict=True))
 
 
-def _flatten(tree: Params) -> dict[Keys, Any]:
+def flatten(tree: Params) -> dict[Keys, Any]:
+    """{path: leaf} of a nested dict."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _nest(leaves: Mapping[Keys, Any]) -> Params:
+def nest(leaves: Mapping[Keys, Any]) -> Params:
+    """Undoes `flatten`."""
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree
@@ -250,6 +253,10 @@ def save_pretrained(
     """
     if dtype not in SAVE_DTYPES:
         raise ConfigError(f"dtype={dtype!r} cannot be saved; known: {', '.join(SAVE_DTYPES)}.")
+    if holds_quantized(params):
+        raise ModelError(
+            "A quantised base cannot be saved: save the adapter, or merge_and_unload() first."
+        )
     max_bytes = writer.parse_size(max_shard_size)
     directory = Path(directory).expanduser()
     values = _export(net, params, np.dtype(dtype))
@@ -301,7 +308,7 @@ def _leaf_order(net: AnyNet) -> list[dict[str, list[tuple[Keys, Weight, At]]]]:
     """
     groups: list[dict[str, list[tuple[Keys, Weight, At]]]] = []
     home: dict[str, dict[str, list[tuple[Keys, Weight, At]]]] = {}
-    for path in _flatten(net.abstract()):
+    for path in flatten(net.abstract()):
         places = list(places_of(net.spec, path))
         group = next((home[name] for _, name, _ in places if name in home), None)
         if group is None:
@@ -323,13 +330,13 @@ def _tensors(net: AnyNet, itemsize: int) -> list[writer.Tensor]:
 
 def _export(net: AnyNet, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor in the checkpoint's layout."""
-    leaves = _flatten(params)
+    leaves = flatten(params)
     for group in _leaf_order(net):
         held: dict[Keys, np.ndarray] = {}
         for name, parts in group.items():
             for path, _, _ in parts:
                 if path not in held:
-                    held[path] = _to_host(leaves[path])
+                    held[path] = to_host(leaves[path])
             yield name, _cast(_assemble(held, parts), dtype, name)
 
 
@@ -345,7 +352,8 @@ def _assemble(held: Mapping[Keys, np.ndarray], parts: list[tuple[Keys, Weight, A
     return whole
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
+    """A whole array on every process's host."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return jax.device_get(array)
     from jax.experimental import multihost_utils

@@ -20,6 +20,7 @@ import numpy as np
 
 from jrlhf.errors import CheckpointError, ConfigError, DataError
 from jrlhf.models.build import Net
+from jrlhf.models.build_encoder import AnyNet
 from jrlhf.rollout import devices, summary
 from jrlhf.rollout.engine import Completion, Engine
 from jrlhf.rollout.rewards import Completions, Rewards, RewardSuite
@@ -123,6 +124,7 @@ class Rollouts:
         *,
         frozen: PyTree,
         reference: PyTree = None,
+        reference_net: AnyNet | None = None,
         kl_coef: float | None = None,
         mesh: jax.sharding.Mesh | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -139,12 +141,15 @@ class Rollouts:
             plan: sizes.
             frozen: the frozen half of the actor's parameters.
             reference: the trainable half of the reference policy; None: no `ref_logps`.
+            reference_net: the reference's net; None: the actor's own. Adapters need no copy: the
+                reference is the same base with them off, and its half is {}.
             kl_coef: start of an adaptive KL coefficient; None: the algorithm has none.
             mesh: rows are cut over its data and fsdp axes.
             progress: called with (rows sampled, rows in all).
         """
         self.actor, self.algorithm, self.engine, self.rewards = actor, algorithm, engine, rewards
         self.plan, self.frozen, self.reference, self.mesh = plan, frozen, reference, mesh
+        self.reference_net = reference_net or actor.net
         self.kl_coef = kl_coef
         self.samples: list[dict[str, Any]] = []
         self.trainer_state: Any = None
@@ -311,7 +316,8 @@ class Rollouts:
         """The policy's trunk states, one pass for all epochs; nothing where that does not pay."""
         net = self.actor.net
         size = batch["ids"].size * net.spec.hidden_size * 4
-        if not net.spec.trunk_layers or self.actor.value_net is not None or size > TRUNK_BYTES:
+        frozen = net.spec.trunk_layers and not net.adapters
+        if not frozen or self.actor.value_net is not None or size > TRUNK_BYTES:
             return {}
         params = self.actor.policy(trainable, self.frozen)
         parts = []
@@ -331,7 +337,7 @@ class Rollouts:
         wants_old = self.plan.steps > 1 or self.actor.has_values
         if not wants_old and self.reference is None:
             return {}
-        policy = Actor(self.actor.net, self.actor.temperature)
+        policy = Actor(self.reference_net, self.actor.temperature)
         frozen = self.frozen if self.actor.value_net is None else self.frozen["policy"]
         parts: list[Arrays] = []
         for start in range(0, self.plan.rows, self.plan.micro_rows):

@@ -10,6 +10,7 @@ of a rollout's first update is exactly 1 on every platform.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
@@ -40,12 +41,11 @@ def outputs(
         batch: `ids [... s]` and `lengths [...]`; for packed rows `segments` and `positions [... s]`
             (segment 0 is padding, a document's first token is not scored); for rollouts
             `slots [... n]`, the positions of the scored tokens in `ids`, 0 where there is none,
-            and perhaps `trunk [... s d]`, what `net.trunk` gives for these rows.
-            Leading axes (pairs) are flattened into rows and restored.
+            and perhaps `trunk [... s d]`, what `net.trunk` gives for these rows; in a training step
+            `dropout [b 2]`. Leading axes (pairs) are flattened into rows and restored.
         temperature: divides the logits, as in the sampler.
         entropy: also returns the entropy of each token's distribution.
-        value_net: a separate value model; without it `net`'s own value head speaks, if it has one.
-        value_params: the parameters of `value_net`.
+        value_net, value_params: a separate value model; without it `net`'s own value head speaks.
 
     Returns:
         Per-token arrays of the shape of `slots` (of `ids` without slots), or scores per row.
@@ -91,20 +91,37 @@ def _rows(batch: Batch) -> tuple[tuple[int, ...], dict[str, Array]]:
     lead = batch["ids"].shape[:-1]
     names = ("ids", "lengths", "segments", "positions", "slots", "trunk")
     given = {name: jnp.asarray(batch[name]) for name in names if name in batch}
-    return lead, {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in given.items()}
+    rows = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in given.items()}
+    if "dropout" in batch:
+        rows["dropout"] = _keys_of_members(batch["dropout"], lead)
+    return lead, rows
+
+
+def _keys_of_members(keys: Array, lead: tuple[int, ...]) -> Array:
+    """One dropout key per row from one per example: the members of a pair drop independently."""
+    count = math.prod(lead[1:])
+
+    def spread(key: Array) -> Array:
+        own = jax.random.wrap_key_data(key, impl="threefry2x32")
+        members = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(count))
+        return jax.random.key_data(members)
+
+    return jax.vmap(spread)(keys).reshape(-1, 2)
 
 
 def _hidden(
     net: AnyNet, params: PyTree, rows: dict[str, Array], *, trunk: Array | None = None
 ) -> Float[Array, "b s d"]:
-    below = {} if trunk is None else {"trunk": trunk}
+    # Only decoders take these.
+    given = {"trunk": trunk, "dropout": rows.get("dropout")}
+    given = {name: x for name, x in given.items() if x is not None}
     return net.hidden(
         params,
         rows["ids"],
         lengths=rows["lengths"],
         segments=rows.get("segments"),
         positions=rows.get("positions"),
-        **below,
+        **given,
     )
 
 

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jrlhf.models.build_encoder import AnyNet
+from jrlhf.models.quantize import is_quantized
 from jrlhf.sharding.mesh import BATCH_AXES, check_batch
 from jrlhf.sharding.rules import DEFAULT, Rules, spec_for
 from jrlhf.types import PyTree
@@ -36,17 +37,20 @@ def params_shardings(net: AnyNet, abstract: PyTree, mesh: Mesh, rules: Rules = D
 def axes_shardings(axes: PyTree, abstract: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
     """The same for any tree of arrays with a tuple of logical axis names per array."""
 
-    def one(leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+    def one(leaf: Any, names: tuple[str | None, ...]) -> Any:
+        if is_quantized(leaf):  # codes and scales have the kernel's axes
+            return jax.tree.map(lambda part: one(part, names), leaf)
         return NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules))
 
-    return jax.tree.map(one, abstract, axes)
+    return jax.tree.map(one, abstract, axes, is_leaf=is_quantized)
 
 
 def _like(tree: PyTree, wanted: PyTree) -> PyTree:
     """The entries of a nested dict that another one has."""
     if not isinstance(wanted, Mapping):
         return tree
-    return {key: _like(tree[key], value) for key, value in wanted.items()}
+    empty = {key for key, value in wanted.items() if isinstance(value, Mapping) and not value}
+    return {key: {} if key in empty else _like(tree[key], wanted[key]) for key in wanted}
 
 
 def optimizer_shardings(

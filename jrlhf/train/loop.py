@@ -80,6 +80,7 @@ class Loop:
         steps_per_epoch: for `epoch` and its events; None where there are no epochs.
         evaluate: of the state; returns metrics whose names start with "eval_".
         callbacks: with transformers' event names.
+        about: what else decides the run, beside `args`, for the config in its checkpoints.
         context: keyword arguments for the callbacks: `model`, `processing_class`, …
         trainer_state: what callbacks and `trainer.state` see; its `log_history` grows.
         state: the newest training state, while running and after.
@@ -93,6 +94,7 @@ class Loop:
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     callbacks: Sequence[Any] = ()
     context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trainer_state: TrainerState = dataclasses.field(default_factory=TrainerState)
     state: TrainState | None = None
 
@@ -163,7 +165,8 @@ class Loop:
         self._control = TrainerControl()
         self._listeners = CallbackList(self.callbacks, self.context)
         self._meter = Meter()
-        config = {k: v for k, v in to_dict(args).items() if not callable(v)}
+        fields = {**to_dict(args), **self.about}
+        config = {k: v for k, v in fields.items() if not callable(v)}
         self._checkpoints = Checkpoints(
             args.output_dir, total_limit=args.save_total_limit, config=config
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jrlhf.sharding.mesh import check_batch
 from jrlhf.sharding.place import batch_sharding, replicated
@@ -30,6 +31,7 @@ def make_step(
     rules: Rules = DEFAULT,
     shardings: TrainState | None = None,
     schedule: optax.Schedule | None = None,
+    dropout: int | None = None,
     donate: bool = True,
 ) -> Step:
     """Compiles (on first use) state, frozen, batch -> state, metrics.
@@ -49,6 +51,8 @@ def make_step(
         rules: logical to mesh axes.
         shardings: of the state, so that it leaves as it came; needs `mesh`.
         schedule: adds the metric `learning_rate`, the rate that this update used.
+        dropout: a seed gives the batch `dropout` [b 2], the raw data of one key per row, a function
+            of (seed, step, row): the same under any split. None: nothing is dropped.
         donate: the given state's buffers are reused, and it cannot be used again.
 
     Returns:
@@ -61,6 +65,8 @@ def make_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         if mesh is not None:
             check_batch(count_rows(batch), mesh, accumulate=accumulate)
+        if dropout is not None:
+            batch = {**batch, "dropout": _dropout_keys(dropout, state.step, count_rows(batch))}
         with activate(mesh, rules):
             micro = _split(batch, accumulate, mesh)
             gradient, sums = _accumulate(loss, state.params, frozen, micro)
@@ -75,6 +81,12 @@ def make_step(
 
     out = None if shardings is None or mesh is None else (shardings, replicated(mesh))
     return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=out)
+
+
+def _dropout_keys(seed: int, step: Int[Array, ""], rows: int) -> UInt32[Array, "b 2"]:
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(b"dropout"))
+    own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(rows))
+    return jax.random.key_data(own)
 
 
 def _update(

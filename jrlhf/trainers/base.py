@@ -24,6 +24,7 @@ from jrlhf.train.loop import Loop, TrainOutput
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.state import TrainState, new_state, state_shardings
 from jrlhf.train.step import make_evaluation, make_step
+from jrlhf.trainers import adapters
 from jrlhf.types import Batch, PyTree
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Trainer:
         keep_start: bool = False,
         entropy: bool = False,
         value_model: Model | None = None,
+        dropout: bool = True,
     ) -> None:
         """Joins the parts into a loop.
 
@@ -93,6 +95,7 @@ class Trainer:
             keep_start: the starting parameters stay alive, for they are the reference.
             entropy: also log the entropy.
             value_model: a separate value model, trained with the policy.
+            dropout: whether a training step drops inputs of adapters, as they ask for.
         """
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps = total_steps
@@ -111,6 +114,7 @@ class Trainer:
             mesh=mesh,
             shardings=self._shardings,
             schedule=schedule,
+            dropout=adapters.dropout_seed(self.model, self.args.seed, wanted=dropout),
         )
         self._sums = make_evaluation(loss, mesh=mesh)
         self._frozen, self._evaluation = frozen, evaluation
@@ -123,6 +127,7 @@ class Trainer:
             evaluate=self._evaluate if evaluation else None,
             callbacks=callbacks or (),
             context={"model": self.model, "processing_class": self.processing_class},
+            about=adapters.about(self.model),
         )
 
     def _mesh(self) -> jax.sharding.Mesh:

@@ -12,7 +12,7 @@ from jrlhf.data.collate import pair_batch
 from jrlhf.data.tokenize import preference_rows
 from jrlhf.rollout.collect import score
 from jrlhf.rollout.score import Actor
-from jrlhf.trainers import setup
+from jrlhf.trainers import adapters, setup
 from jrlhf.trainers.base import Trainer
 from jrlhf.trainers.offline import OfflineData
 from jrlhf.types import Batch
@@ -25,11 +25,13 @@ class DPOConfig(DPO, TrainingConfig):
     Attributes:
         max_length: prompt and answer together are cut to this; None: the model's context.
         truncation_mode: "keep_start" cuts their end, "keep_end" their beginning.
+        disable_dropout: train without the dropout of adapters.
     """
 
     learning_rate: float = 1e-6
     max_length: int | None = 1024
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    disable_dropout: bool = True
 
     REFUSED = {
         "rpo_alpha": "mixtures of losses are not supported",
@@ -57,6 +59,7 @@ class DPOTrainer(Trainer):
         eval_dataset: the same, for `evaluate`.
         processing_class: the tokenizer; None: the model's.
         callbacks: objects with transformers' `TrainerCallback` methods.
+        peft_config: a `jrlhf.peft.LoraConfig`: only a new adapter is trained and saved.
     """
 
     def __init__(
@@ -68,10 +71,12 @@ class DPOTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[Any] | None = None,
+        peft_config: Any = None,
         **old: Any,
     ) -> None:
         given = {"model": model, "ref_model": ref_model, "args": args,
-                 "train_dataset": train_dataset, "processing_class": processing_class}  # fmt: skip
+                 "train_dataset": train_dataset, "processing_class": processing_class,
+                 "peft_config": peft_config}  # fmt: skip
         start = setup.start("DPOTrainer", DPOConfig, "DPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         longest = start.max_length
@@ -90,10 +95,17 @@ class DPOTrainer(Trainer):
         )
         data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
-        self.model = setup.open_model(start.model, start.args, start.mesh, face="DPOTrainer")
+        self.model = setup.open_model(
+            start.model,
+            start.args,
+            start.mesh,
+            peft_config=start.given["peft_config"],
+            face="DPOTrainer",
+        )
         self.ref_model = start.given["ref_model"]
         self._reference = setup.reference_of(self.model, self.ref_model, start.args, "DPOTrainer")
         self._actor = Actor(self.model.net)
+        self._scorer = Actor(adapters.reference_net(self.model, self._reference))
         self._prepare(
             actor=self._actor,
             source=data.source,
@@ -101,13 +113,14 @@ class DPOTrainer(Trainer):
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
             callbacks=callbacks,
+            dropout=not start.args.disable_dropout,
             keep_start=True,
             entropy=True,
         )
 
     def _with_reference(self, batch: Batch) -> Batch:
         mesh = self.model.mesh
-        out = score(self._actor, self._reference, self._frozen, batch, mesh=mesh)
+        out = score(self._scorer, self._reference, self._frozen, batch, mesh=mesh)
         return {**batch, "ref_logps": out.logps}
 
     def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:

@@ -9,7 +9,7 @@ from jrlhf.rollout.collect import Rollouts
 from jrlhf.rollout.engine import Engine
 from jrlhf.rollout.score import Actor
 from jrlhf.sharding.mesh import data_shards
-from jrlhf.trainers import online, setup
+from jrlhf.trainers import adapters, online, setup
 from jrlhf.trainers.base import Trainer
 from jrlhf.trainers.grpo_config import GRPOConfig
 
@@ -26,6 +26,7 @@ class GRPOTrainer(Trainer):
         processing_class: the tokenizer; None: the model's.
         reward_processing_classes: tokenizers of reward models that have not their own.
         callbacks: objects with transformers' `TrainerCallback` methods.
+        peft_config: a `jrlhf.peft.LoraConfig`: only a new adapter is trained and saved.
         ref_model: the reference where beta is not 0; None: the policy as it is now.
     """
 
@@ -39,10 +40,12 @@ class GRPOTrainer(Trainer):
         reward_processing_classes: Any = None,
         callbacks: list[Any] | None = None,
         ref_model: Any = None,
+        peft_config: Any = None,
         **old: Any,
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
-                 "reward_funcs": reward_funcs, "processing_class": processing_class}  # fmt: skip
+                 "reward_funcs": reward_funcs, "processing_class": processing_class,
+                 "peft_config": peft_config}  # fmt: skip
         start = setup.start("GRPOTrainer", GRPOConfig, "GRPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         args, mesh = start.args, start.mesh
@@ -64,7 +67,9 @@ class GRPOTrainer(Trainer):
             rewards, start, rows=plan.micro_rows, weights=args.reward_weights,
             tokenizers=reward_processing_classes,
         )  # fmt: skip
-        self.model = setup.open_model(start.model, args, mesh, face="GRPOTrainer")
+        self.model = setup.open_model(
+            start.model, args, mesh, peft_config=start.given["peft_config"], face="GRPOTrainer"
+        )
         reference = None
         if args.beta != 0:
             reference = setup.reference_of(self.model, ref_model, args, "GRPOTrainer")
@@ -72,6 +77,7 @@ class GRPOTrainer(Trainer):
         source = Rollouts(
             actor, args, self._engine(prompts.room, plan.rows), suite, prompts, plan,
             frozen=None, reference=reference, mesh=mesh,
+            reference_net=adapters.reference_net(self.model, reference),
         )  # fmt: skip
         self._prepare(
             actor=actor,
@@ -80,8 +86,8 @@ class GRPOTrainer(Trainer):
             steps_per_epoch=prompts.steps_per_epoch(plan),
             callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
             keep_start=reference is not None,
-            entropy=True,
-        )
+            entropy=True, dropout=not args.disable_dropout,
+        )  # fmt: skip
         source.frozen, source.trainer_state = self._frozen, self.state
 
     def _engine(self, room: int, rows: int) -> Engine:

@@ -30,6 +30,7 @@ class GRPOConfig(GRPO, TrainingConfig):
         overlong_prompts: "truncate" (keep the end), "error" or "drop".
         reward_weights: one per reward function; None: all 1.
         shuffle_dataset: another order of the prompts each epoch.
+        disable_dropout: train without the dropout of adapters.
         log_completions: print samples and write completions.jsonl at each log.
         num_completions_to_print: so many.
         use_vllm: chooses the in-process engine, as False does; said once.
@@ -51,6 +52,7 @@ class GRPOConfig(GRPO, TrainingConfig):
     overlong_prompts: Literal["error", "drop", "truncate"] = "truncate"
     reward_weights: list[float] | None = None
     shuffle_dataset: bool = True
+    disable_dropout: bool = False
     log_completions: bool = False
     num_completions_to_print: int = 4
     use_vllm: bool = False

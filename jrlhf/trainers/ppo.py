@@ -10,7 +10,7 @@ from jrlhf.rollout.collect import Plan, Rollouts
 from jrlhf.rollout.rewards import RewardSuite
 from jrlhf.rollout.score import Actor
 from jrlhf.sharding.mesh import check_batch, data_shards
-from jrlhf.trainers import online, setup
+from jrlhf.trainers import adapters, online, setup
 from jrlhf.trainers.base import Trainer
 from jrlhf.trainers.ppo_config import PPOConfig
 
@@ -27,6 +27,7 @@ class PPOTrainer(Trainer):
         train_dataset: rows of prompt (or of chosen and rejected, or of input_ids).
         value_model: a separate value model (a classifier); None: a value head on the policy.
         callbacks: objects with transformers' `TrainerCallback` methods.
+        peft_config: a `jrlhf.peft.LoraConfig`: only a new adapter is trained and saved.
         reward_processing_class: tokenizer of a reward model that has not its own.
     """
 
@@ -41,11 +42,13 @@ class PPOTrainer(Trainer):
         value_model: Any = None,
         callbacks: list[Any] | None = None,
         reward_processing_class: Any = None,
+        peft_config: Any = None,
         **old: Any,
     ) -> None:
         given = {"args": args, "processing_class": processing_class, "model": model,
                  "ref_model": ref_model, "reward_model": reward_model,
-                 "train_dataset": train_dataset}  # fmt: skip
+                 "train_dataset": train_dataset,
+                 "peft_config": peft_config}  # fmt: skip
         start = setup.start("PPOTrainer", PPOConfig, "PPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         args, mesh = start.args, start.mesh
@@ -58,7 +61,12 @@ class PPOTrainer(Trainer):
         own_value = isinstance(start.model, Model) and start.model.net.spec.value_head
         self._export_value = own_value
         self.model = setup.open_model(
-            start.model, args, mesh, value_head=value_model is None, face="PPOTrainer"
+            start.model,
+            args,
+            mesh,
+            value_head=value_model is None,
+            face="PPOTrainer",
+            peft_config=start.given["peft_config"],
         )
         value = None
         if value_model is not None:
@@ -79,6 +87,7 @@ class PPOTrainer(Trainer):
         callbacks: list[Any] | None,
     ) -> None:
         args = start.args
+        reference = setup.reference_of(self.model, self.ref_model, args, "PPOTrainer")
         actor = Actor(self.model.net, args.temperature, None if value is None else value.decoder)
         source = Rollouts(
             actor,
@@ -88,7 +97,8 @@ class PPOTrainer(Trainer):
             prompts,
             plan,
             frozen=None,
-            reference=setup.reference_of(self.model, self.ref_model, args, "PPOTrainer"),
+            reference=reference,
+            reference_net=adapters.reference_net(self.model, reference),
             kl_coef=args.kl_coef if args.adap_kl_ctrl else None,
             mesh=start.mesh,
         )
@@ -100,6 +110,7 @@ class PPOTrainer(Trainer):
             callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
             keep_start=True,
             value_model=value,
+            dropout=False,
         )
         source.frozen, source.trainer_state = self._frozen, self.state
 

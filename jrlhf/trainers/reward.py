@@ -25,11 +25,13 @@ class RewardConfig(Reward, TrainingConfig):
         append_eos: end plain text with EOS, as TRL does. Without it the model learns to score text
             that is cut off: for policies whose completions are.
         chat_template_path: file with a Jinja chat template, or a model to take it from.
+        disable_dropout: train without the dropout of adapters.
     """
 
     learning_rate: float = 1e-4
     max_length: int | None = 1024
     append_eos: bool = True
+    disable_dropout: bool = True
     chat_template_path: str | None = None
 
 
@@ -43,6 +45,7 @@ class RewardTrainer(Trainer):
         eval_dataset: the same, for `evaluate`.
         processing_class: the tokenizer; None: the model's.
         callbacks: objects with transformers' `TrainerCallback` methods.
+        peft_config: a `jrlhf.peft.LoraConfig`: only a new adapter is trained and saved.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class RewardTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[Any] | None = None,
+        peft_config: Any = None,
         **old: Any,
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
-                 "processing_class": processing_class}  # fmt: skip
+                 "processing_class": processing_class,
+                 "peft_config": peft_config}  # fmt: skip
         start = setup.start("RewardTrainer", RewardConfig, "Reward", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         tokenizer = encoder(start.tokenizer, start.args.chat_template_path)
@@ -75,7 +80,12 @@ class RewardTrainer(Trainer):
         data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
         self.model = setup.open_model(
-            start.model, start.args, start.mesh, head="classifier", face="RewardTrainer"
+            start.model,
+            start.args,
+            start.mesh,
+            head="classifier",
+            face="RewardTrainer",
+            peft_config=start.given["peft_config"],
         )
         setup.one_label(self.model, "RewardTrainer")
         self._prepare(
@@ -85,6 +95,7 @@ class RewardTrainer(Trainer):
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
             callbacks=callbacks,
+            dropout=not start.args.disable_dropout,
         )
 
     def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,17 +20,21 @@ from jrlhf.auto import (
 )
 from jrlhf.config import TrainingConfig, aliases
 from jrlhf.errors import ConfigError, ModelError, suggest
-from jrlhf.models.build import partition
+from jrlhf.models import hub
+from jrlhf.models.build import Net
 from jrlhf.models.build_encoder import EncoderNet
+from jrlhf.models.halves import partition
+from jrlhf.models.lora.config import base_of
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
+from jrlhf.trainers import adapters
+from jrlhf.trainers.adapters import say_once as say_once  # where faces look for it
 
 # Arguments of TRL's trainers that belong to PyTorch.
 _REFUSED = {
     "optimizers": "choose it with the config's optim, learning_rate and lr_scheduler_type",
     "optimizer_cls_and_kwargs": "choose the optimizer with the config's optim",
-    "peft_config": "adapters are not supported; use num_layers_unfrozen",
-    "quantization_config": "quantised weights are not supported",
+    "quantization_config": "give model_init_kwargs={'load_in_4bit': True}",
     "data_collator": "rows are padded to one static length; shape them in the dataset",
     "compute_loss_func": "the loss is the algorithm's; see jrlhf.algos",
     "compute_metrics": "metrics are the algorithm's; use callbacks to add your own",
@@ -131,6 +134,12 @@ def start(
     fallback = getattr(given["args"], "sft_model_path", None)
     model = need(given["model"] or fallback, face, "a model")
     need(given["train_dataset"], face, "a train_dataset")
+    if given.get("peft_config") is not None:
+        head = "classifier" if kind == "Reward" else "causal"
+        spec = model.net.spec if isinstance(model, Model) else _spec_of(model, head=head)
+        given["peft_config"] = adapters.check(
+            face, given["args"], model, given["peft_config"], spec
+        )
     args = named_output(given["args"], model, kind)
     _check_init_kwargs(args, model, face)
     use_compile_cache()
@@ -187,7 +196,9 @@ def tokenizer_for(processing_class: Any, model: Any, face: str) -> Any:
         return processing_class
     if isinstance(model, Model):
         return model.tokenizer
-    return load_tokenizer(need(model, face, "a model"))
+    path = hub.resolve(need(model, face, "a model"), weights=False)
+    own = any((path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return load_tokenizer(model if own else base_of(path) or model)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -224,14 +235,20 @@ def open_model(
     head: str = "causal",
     value_head: bool = False,
     face: str,
+    peft_config: Any = None,
 ) -> Model:
     """A trainer's model: loaded by name, or the given one, as the config wants it.
+
+    With a `peft_config` it gets a new adapter, and of a model that is given by name the base is
+    kept in the compute type.
 
     Raises:
         ModelError: not a name or a model, or one with the wrong head.
     """
     if isinstance(model, (str, Path)):
-        return _load(model, args, mesh, head=head, value_head=value_head)
+        kept = None if peft_config is None else compute_dtype(args)
+        loaded = _load(model, args, mesh, head=head, value_head=value_head, param_dtype=kept)
+        return adapters.adapted(loaded, peft_config, face, seed=args.seed)
     if not isinstance(model, Model):
         raise ModelError(
             f"{face} takes a path, a hub name or a model of jrlhf's AutoModel classes, got "
@@ -242,21 +259,19 @@ def open_model(
         wanted = "SequenceClassification" if head == "classifier" else "CausalLM"
         raise ModelError(f"{face} needs a model of AutoModelFor{wanted}, got a {spec.head} head.")
     if model.mesh is None:
-        from jrlhf.sharding.place import params_shardings
-
-        model.params = jax.device_put(model.params, params_shardings(model.net, model.params, mesh))
-        model.mesh = mesh
+        model.to_mesh(mesh)
     elif model.mesh != mesh:
         raise ModelError(
             f"{face}: the model lies on {model.mesh.shape}, the config asks for another."
         )
-    return model.respec(
+    changed = model.respec(
         dtype=spec.dtype if args.bf16 is None else compute_dtype(args),
         remat=remat_policy(args),
         trunk_layers=_trunk(args, spec),
         value_head=value_head or spec.value_head,
         seed=args.seed,
     )
+    return adapters.adapted(changed, peft_config, face, seed=args.seed)
 
 
 def _load(
@@ -266,6 +281,7 @@ def _load(
     *,
     head: str,
     value_head: bool,
+    param_dtype: str | None,
 ) -> Model:
     factory: Any = AutoModelForCausalLM
     if head == "classifier":
@@ -278,6 +294,7 @@ def _load(
         "num_layers_unfrozen": args.num_layers_unfrozen,
         "remat": remat_policy(args),
         "seed": args.seed,
+        **({"param_dtype": param_dtype} if param_dtype else {}),
         **(args.model_init_kwargs or {}),
     }
     return factory.from_pretrained(name, mesh=mesh, **options)
@@ -299,11 +316,17 @@ def context_length(model: Any) -> int:
     """Positions of the model, read from its config alone."""
     if isinstance(model, Model):
         return model.net.spec.max_position_embeddings
-    from jrlhf.models import hub
+    return _spec_of(model).max_position_embeddings
+
+
+def _spec_of(name: str | Path, **choices: Any) -> Any:
+    """The spec of a named model, read from its config alone."""
     from jrlhf.models.families import spec_from_config
     from jrlhf.models.load import open_checkpoint
 
-    return spec_from_config(open_checkpoint(hub.resolve(model)).config).max_position_embeddings
+    path = hub.resolve(name)
+    path = hub.resolve(base_of(path) or path)
+    return spec_from_config(open_checkpoint(path).config, **choices)
 
 
 def use_compile_cache() -> None:
@@ -324,15 +347,26 @@ def one_label(model: Model, face: str) -> None:
 def reference_of(model: Model, ref_model: Any, args: TrainingConfig, face: str) -> Any:
     """The trainable half of the reference policy; the frozen half is shared with the policy.
 
+    It belongs to `adapters.reference_net`. A new adapter's reference is its base: {} and no copy.
+
     Raises:
         ModelError: the reference is of another shape, or its frozen layers are not the policy's.
     """
     trainable, frozen = partition(model.params, model.net)
     if ref_model is None:
-        return trainable
+        return {} if adapters.base_is_reference(model) else trainable
     assert model.mesh is not None
     reference = open_model(ref_model, args, model.mesh, face=face)
     spec = model.net.spec
+    if model.net.adapters:
+        # A whole model of its own: its parameters cover the policy's base.
+        reference = reference.respec(value_head=False)
+        if reference.net != Net(model.decoder.spec.replace(value_head=False)):
+            raise ModelError(
+                f"{face}: ref_model must be a plain model (merge its adapters) of the same "
+                "architecture as the model's base."
+            )
+        return reference.params
     reference = reference.respec(value_head=spec.value_head, trunk_layers=spec.trunk_layers)
     if reference.net != model.net:
         raise ModelError(f"{face}: ref_model's architecture differs from the model's.")
@@ -352,8 +386,6 @@ def open_value_model(
     """A classifier with one label as a value model: its score, read at every token."""
     import jax.numpy as jnp
 
-    from jrlhf.models.build import Net
-
     classifier = open_model(model, args, mesh, head="classifier", face=face)
     one_label(classifier, face)
     if isinstance(classifier.net, EncoderNet):
@@ -367,9 +399,3 @@ def open_value_model(
     kernel = params.pop("score")["kernel"]
     params["value"] = {"kernel": kernel, "bias": jnp.zeros((1,), kernel.dtype)}
     return Model(Net(spec), params, source=classifier.source, mesh=mesh)
-
-
-@functools.lru_cache
-def say_once(text: str) -> None:
-    """A warning that is printed once per process."""
-    warnings.warn(text, UserWarning, stacklevel=3)

@@ -55,6 +55,7 @@ class SFTTrainer(Trainer):
         processing_class: the tokenizer; None: the model's.
         formatting_func: row -> text.
         callbacks: objects with transformers' `TrainerCallback` methods.
+        peft_config: a `jrlhf.peft.LoraConfig`: only a new adapter is trained and saved.
     """
 
     def __init__(
@@ -66,16 +67,24 @@ class SFTTrainer(Trainer):
         processing_class: Any = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         callbacks: list[Any] | None = None,
+        peft_config: Any = None,
         **old: Any,
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
-                 "processing_class": processing_class}  # fmt: skip
+                 "processing_class": processing_class,
+                 "peft_config": peft_config}  # fmt: skip
         start = setup.start("SFTTrainer", SFTConfig, "SFT", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         self._data = _data(start, formatting_func)
         data = self._data.training(start.given["train_dataset"])
         evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
-        self.model = setup.open_model(start.model, start.args, start.mesh, face="SFTTrainer")
+        self.model = setup.open_model(
+            start.model,
+            start.args,
+            start.mesh,
+            peft_config=start.given["peft_config"],
+            face="SFTTrainer",
+        )
         self._prepare(
             actor=Actor(self.model.net),
             source=data.source,

@@ -12,7 +12,7 @@ import pytest
 from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.build import Net
 from jrlhf.models.decoder import layer_flags
-from jrlhf.models.families import FAMILIES, config_from_spec, family_of, spec_from_config
+from jrlhf.models.families import DECODERS, config_from_spec, family_of, spec_from_config
 from jrlhf.models.load import load_pretrained, save_pretrained
 
 # No two sizes alike where a family allows it, so that a swapped axis cannot fit.
@@ -51,7 +51,7 @@ def config(family, **changes):
     return {"model_type": family, **SMALL, **changes}
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(DECODERS))
 def family(request):
     return request.param
 

@@ -116,8 +116,8 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
     "a field of PyTorch": (UnsupportedFieldError, "mesh", lambda m: SFTConfig(deepspeed="z3.json")),
     "an adapter": (
         ConfigError,
-        "num_layers_unfrozen",
-        lambda m: SFTTrainer(model=m, train_dataset=ROWS, peft_config={"r": 8}),
+        "no field 'rank'",
+        lambda m: SFTTrainer(model=m, train_dataset=ROWS, peft_config={"rank": 8}),
     ),
     "no model": (ConfigError, "a model", lambda m: SFTTrainer(train_dataset=ROWS)),
     "a config of another trainer": (

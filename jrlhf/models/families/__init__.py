@@ -1,4 +1,4 @@
-"""The model families that jrlhf reads: one file each, one line each in `FAMILIES`."""
+"""The model families that jrlhf reads: one file each, one line each in a table below."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ from jrlhf.models.families import (
 )
 from jrlhf.models.families.weights import Weight
 
-__all__ = ["FAMILIES", "Family", "Weight", "config_from_spec", "family_of", "spec_from_config"]
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "FAMILIES",
+    "Family",
+    "Weight",
+    "config_from_spec",
+    "family_of",
+    "spec_from_config",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
 
 
-FAMILIES: dict[str, Family] = {
+DECODERS: dict[str, Family] = {
     "cohere": Family(read=cohere.read, write=cohere.write),
     "gemma": Family(read=gemma.read, write=gemma.write),
     "gemma2": Family(read=gemma2.read, write=gemma2.write, weights=gemma2.weights),
@@ -99,7 +108,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(read=qwen3.read, write=qwen3.write),
     "qwen3_moe": Family(read=qwen3_moe.read, write=qwen3_moe.write, weights=qwen3_moe.weights),
     "smollm3": Family(read=smollm3.read, write=smollm3.write),
-    # Encoders.
+}
+ENCODERS: dict[str, Family] = {
     "bert": Family(
         read=bert.read_bert,
         write=bert.write,
@@ -144,6 +154,7 @@ FAMILIES: dict[str, Family] = {
         renames=bert.RENAMES,
     ),
 }
+FAMILIES = {**DECODERS, **ENCODERS}
 # Fields that the caller chooses, whatever the config says.
 CHOICES = ("head", "num_labels", "value_head", "trunk_layers", "dtype", "remat")
 

@@ -94,7 +94,7 @@ def write_weights(
             held[name] = np.ascontiguousarray(value)
         # transformers 4 refuses a file without it; it names a layout, not a dependency.
         write = functools.partial(save_file, held, metadata={"format": "pt"})
-        _replace(directory / file, write)
+        replace_file(directory / file, write)
     kept = set(plan)
     if len(plan) > 1:
         kept.add(INDEX)
@@ -111,10 +111,10 @@ def write_weights(
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, all at once."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    _replace(path, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+    replace_file(path, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write: Callable[[str], object]) -> None:
+def replace_file(path: Path, write: Callable[[str], object]) -> None:
     """Writes beside the target and renames, so that a crash never leaves half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,0 +1,184 @@
+"""adapter_model.safetensors: what PEFT writes and reads, to and from our stacked tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jrlhf.errors import MissingFileError, MissingWeightError, ModelError, UnsupportedModelError
+from jrlhf.models.families import Weight
+from jrlhf.models.hf.reader import DTYPES
+from jrlhf.models.hf.writer import replace_file
+from jrlhf.models.lora.config import WEIGHTS_FILE
+from jrlhf.models.lora.plan import Adapter, Target, Weights
+from jrlhf.models.lora.plan import Path as Keys
+
+_PREFIX = "base_model.model."
+_LISTED = 20
+
+
+class Tensor(NamedTuple):
+    """One tensor of the file and where it lies in the adapter's tree.
+
+    Attributes:
+        name: in the file.
+        row: its layout there.
+        path: of the leaf.
+        part: the part of the leaf that it is.
+    """
+
+    name: str
+    row: Weight
+    path: Keys
+    part: tuple[Any, ...]
+
+
+def tensors(
+    adapter: Adapter, weights: Weights, shapes: dict[Keys, tuple[int, ...]]
+) -> Iterator[Tensor]:
+    """Every tensor of an adapter's file; of a fused one each of the leaves that it is made of.
+
+    Args:
+        adapter: the plan.
+        weights: the family's rows and places.
+        shapes: of the adapter's leaves.
+    """
+    for target in adapter.targets:
+        for at, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
+            if rank:
+                yield from _of_map(target, at, f"{_PREFIX}{name}", rank, shapes)
+    for row, places in weights:
+        for name, path, layer in places:
+            if path in adapter.saved:
+                stack = layer if isinstance(layer, tuple) else (layer,)
+                yield Tensor(_PREFIX + name, row, path, () if layer is None else stack)
+
+
+def _of_map(
+    target: Target, at: int, name: str, rank: int, shapes: dict[Keys, tuple[int, ...]]
+) -> Iterator[Tensor]:
+    """The tensors of one adapted map; padding beyond its rank is left out."""
+    lead = (at,) if target.stacked else ()
+    n = len(target.inputs)
+    inputs = shapes[(*(target.source or target.path), "a")][len(lead) : -1]
+    outputs = shapes[(*target.path, "b")][len(lead) + 1 :]
+    part = None if target.part is None else dataclasses.replace(target.part, axis=0)
+    rows = {
+        "a": ("lora_A.weight", (*inputs, rank), ((n,), target.inputs), None),
+        "b": (
+            "lora_B.weight",
+            (rank, *outputs),
+            (tuple(i + 1 for i in target.outputs), (0,)),
+            part,
+        ),
+        "magnitude": ("lora_magnitude_vector", outputs, (target.outputs,), part),
+    }
+    cuts = {"a": (..., slice(rank)), "b": (slice(rank),), "magnitude": ()}
+    for leaf, (ending, shape, groups, stripes) in rows.items():
+        path = (*target.path, leaf)
+        if path in shapes:
+            ending = f"{name}.{ending}"
+            row = Weight(path=path, name=ending, shape=shape, groups=groups, part=stripes)
+            yield Tensor(row.name, row, path, (*lead, *cuts[leaf]))
+
+
+def assemble(
+    leaves: dict[Keys, np.ndarray], adapter: Adapter, weights: Weights
+) -> dict[str, np.ndarray]:
+    """The file's tensors from an adapter's leaves, whole and on the host."""
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    held: dict[str, np.ndarray] = {}
+    for tensor in tensors(adapter, weights, shapes):
+        value = tensor.row.to_hf(leaves[tensor.path][tensor.part])
+        if tensor.row.part is None:
+            held[tensor.name] = value
+        else:
+            whole = held.setdefault(tensor.name, np.empty(tensor.row.hf_shape, value.dtype))
+            tensor.row.part.put(whole, value)
+    return held
+
+
+def write(
+    directory: Path,
+    leaves: dict[Keys, np.ndarray],
+    adapter: Adapter,
+    weights: Weights,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Writes adapter_model.safetensors; `leaves` are whole, on the host."""
+    from safetensors.numpy import save_file
+
+    held = {
+        name: np.ascontiguousarray(value.astype(dtype))
+        for name, value in assemble(leaves, adapter, weights).items()
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(
+        directory / WEIGHTS_FILE, lambda file: save_file(held, file, metadata={"format": "pt"})
+    )
+
+
+def read(
+    directory: Path, adapter: Adapter, weights: Weights, shapes: dict[Keys, tuple[int, ...]]
+) -> dict[Keys, np.ndarray]:
+    """Reads the leaves of an adapter, float32, padded with zeros to the stack's rank.
+
+    Raises:
+        MissingFileError: no adapter_model.safetensors.
+        MissingWeightError: one error that lists every missing, unexpected and misshapen tensor:
+            the adapter is damaged, or of another base.
+        ModelError: the file is damaged.
+    """
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        others = sorted(p.name for p in directory.glob("adapter_model*"))
+        hint = f" It has {', '.join(others)}: convert it to safetensors." if others else ""
+        raise MissingFileError(f"{directory} has no {WEIGHTS_FILE}.{hint}")
+    found = _load(file)
+    leaves = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    problems = []
+    used: set[str] = set()
+    for tensor in tensors(adapter, weights, shapes):
+        value, again = found.get(tensor.name), tensor.name in used
+        used.add(tensor.name)
+        if value is None:
+            problems += [] if again else [f"missing: {tensor.name}"]
+        elif value.shape != tensor.row.hf_shape:
+            problems.append(
+                f"shape of {tensor.name} is {value.shape}, expected {tensor.row.hf_shape}"
+            )
+        else:
+            leaves[tensor.path][tensor.part] = tensor.row.from_hf(value)
+    problems += [f"unexpected: {name}" for name in found if name not in used]
+    if problems:
+        more = len(problems) - _LISTED
+        lines = "\n  ".join(problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []))
+        raise MissingWeightError(
+            f"{file} does not fit this base and its own adapter_config.json "
+            f"({len(problems)} differences):\n  {lines}"
+        )
+    return leaves
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    try:
+        with safe_open(file, framework="np") as handle:
+            for name in handle.keys():  # noqa: SIM118  (not iterable itself)
+                kind = handle.get_slice(name).get_dtype()
+                if kind not in DTYPES:
+                    raise UnsupportedModelError(
+                        f"{name} in {file} is stored as {kind}; known: {', '.join(DTYPES)}."
+                    )
+                found[name] = handle.get_tensor(name).astype(np.float32)
+    except SafetensorError as error:
+        raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+    return found

@@ -1,0 +1,39 @@
+"""Every family takes adapters by the names of its own checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jrlhf.models.build import Net
+from jrlhf.models.families import DECODERS, spec_from_config
+from jrlhf.models.load import flatten
+from jrlhf.models.lora import files, tree
+from jrlhf.models.lora.config import LoraConfig
+from tests.models.test_families import config
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_an_adapter_on_every_linear_map_is_written_and_read_back(
+    family: str, tmp_path: Path
+) -> None:
+    base = Net(spec_from_config(config(family)))
+    plan = base.adapter(LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    own = flatten(Net(base.spec, (plan,)).abstract()[tree.KEY]["default"])
+    rng = np.random.default_rng(0)
+    leaves = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in own.items()}
+    rows = tree.weights(base.spec)
+    files.write(tmp_path, leaves, plan, rows)
+    shapes = {path: leaf.shape for path, leaf in own.items()}
+    again = files.read(tmp_path, plan, rows, shapes)
+    assert again.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(again[path], leaf)
+    # Each adapted map is a tensor of the checkpoint, with one A and one B.
+    names = {name for row, places in rows for name, _, _ in places}
+    modules = {name for target in plan.targets for name in target.names}
+    assert {f"{module}.weight" for module in modules} <= names
+    written = files.assemble(leaves, plan, rows)
+    assert len(written) == 3 * len(modules)

@@ -1,0 +1,111 @@
+"""A base in int8 and nf4: what is rounded and how far, and that nothing trains it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrlhf.auto import AutoModelForCausalLM, Model
+from jrlhf.errors import ConfigError, ModelError
+from jrlhf.models.build import Net, combine, linear_maps, partition
+from jrlhf.models.quantize import dense, holds_quantized, quantize
+from jrlhf.models.spec import DecoderSpec
+from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
+
+pytest.importorskip("qwix", reason="needs the extra `qlora`")
+SPEC = DecoderSpec(
+    vocab_size=23,
+    hidden_size=128,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+)
+NET = Net(SPEC)
+IDS = np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 5)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def base() -> Model:
+    return Model(NET, jax.jit(NET.init)(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module", params=["int8", "nf4"])
+def low(request: pytest.FixtureRequest, base: Model) -> tuple[str, PeftModel]:
+    """The base quantised, and an adapter on it."""
+    params = quantize(base.params, linear_maps(SPEC), request.param, dtype="float32")
+    chosen = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return request.param, get_peft_model(Model(NET, params), chosen)
+
+
+def test_each_weight_is_rounded_within_its_block(base: Model, low: tuple[str, PeftModel]) -> None:
+    kind, model = low
+    for name, kernel in (("gate", ("mlp", "gate")), ("o", ("attn", "o"))):
+        exact, held = (
+            np.asarray(m.params["layers"][kernel[0]][kernel[1]]["kernel"][...])
+            for m in (base, model)
+        )
+        if kind == "int8":  # a scale per layer and output; half a step of the largest weight
+            inputs = tuple(range(1, exact.ndim - 1))
+            bound = np.abs(exact).max(axis=inputs, keepdims=True) / 127 / 2
+        else:  # a scale per block of inputs; half the widest gap of the sixteen levels
+            block = 64 if name == "gate" else 6
+            axis = exact.ndim - 2
+            cut = np.moveaxis(exact, axis, -1)
+            cut = cut.reshape(*cut.shape[:-1], -1, block)
+            largest = np.broadcast_to(np.abs(cut).max(axis=-1, keepdims=True), cut.shape)
+            largest = largest.reshape(*np.moveaxis(exact, axis, -1).shape)
+            bound = np.moveaxis(largest, -1, axis) * (1 - 0.6961928) / 2
+        assert np.all(np.abs(exact - held) <= bound * 1.001)
+        assert np.abs(exact - held).max() > 0
+
+
+def test_it_computes_what_its_dequantised_weights_compute(low: tuple[str, PeftModel]) -> None:
+    _, model = low
+    plain = Model(model.net, dense(model.params))
+    expected = np.asarray(plain(IDS).logits)
+    found = np.asarray(model(IDS).logits)
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    merged = model.merge_and_unload()
+    assert not holds_quantized(merged.params)
+    assert np.abs(merged(IDS).logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_codes_take_an_eighth_to_a_quarter_of_the_memory(
+    base: Model, low: tuple[str, PeftModel]
+) -> None:
+    kind, model = low
+    gate = [m.params["layers"]["mlp"]["gate"]["kernel"] for m in (base, model)]
+    bits = [8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in gate]
+    assert bits[1] < {"int8": 0.27, "nf4": 0.27}[kind] * bits[0]
+
+
+def test_only_the_adapter_gets_a_gradient(low: tuple[str, PeftModel]) -> None:
+    _, model = low
+    trainable, frozen = partition(model.params, model.net)
+
+    def loss(trainable: dict, frozen: dict) -> jax.Array:
+        return jnp.sum(model.net.hidden(combine(trainable, frozen), IDS) ** 3)
+
+    gradient = jax.jit(jax.grad(loss))(trainable, frozen)
+    assert jax.tree.structure(gradient) == jax.tree.structure(trainable)
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_quantised_base_is_loaded_and_never_saved(tmp_path: Path, base: Model) -> None:
+    base.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, load_in_8bit=True)
+    assert holds_quantized(model.params)
+    with pytest.raises(ModelError, match="save the adapter"):
+        model.save_pretrained(tmp_path / "again")
+    with pytest.raises(ConfigError, match="give one of them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, load_in_8bit=True, load_in_4bit=True)
+    with pytest.raises(ConfigError, match="int8 or nf4, not 'int3'"):
+        quantize(base.params, linear_maps(SPEC), "int3", dtype="float32")
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128
