@@ -24,9 +24,9 @@ import numpy as np
 from jrlhf.auto import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    Model,
 )
 from jrlhf.errors import ConfigError, ModelError, suggest
+from jrlhf.model import Model
 from jrlhf.models import hub
 from jrlhf.models.build import Net, Params, linear_maps
 from jrlhf.models.build_encoder import AnyNet, EncoderNet

@@ -57,6 +57,11 @@ class Source:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None = None
 
+    @classmethod
+    def of(cls, found: Checkpoint) -> Source:
+        """The origin of what is read from a checkpoint."""
+        return cls(found.kind, found.path, found.config, found.generation_config)
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a local model directory or file of any format; reads no weight yet.
@@ -127,10 +132,7 @@ def load_pretrained(
             filled[path] = _fill(leaf.shape, leaves[path], checkpoint, places, param_dtype)
     new = [path for path in leaves if path not in filled]
     filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
-    source = Source(
-        checkpoint.kind, checkpoint.path, checkpoint.config, checkpoint.generation_config
-    )
-    return net, nest(filled), source
+    return net, nest(filled), Source.of(checkpoint)
 
 
 def _trunk_layers(unfrozen: int, layers: int) -> int:

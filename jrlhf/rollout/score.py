@@ -71,12 +71,10 @@ def outputs(
         softcap=net.spec.final_softcap,
         entropy=entropy,
     )
-    values = None
+    values = net.values(params, hidden) if net.spec.value_head and value_net is None else None
     if value_net is not None:
         states = _states(_hidden(value_net, value_params, rows), rows)
         values = value_net.values(value_params, states)
-    elif net.spec.value_head:
-        values = net.values(params, hidden)
 
     def shaped(x: Array | None) -> Array | None:
         if x is None:

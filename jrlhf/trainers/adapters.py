@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jrlhf.auto import Model
 from jrlhf.config import TrainingConfig, to_dict
 from jrlhf.errors import ConfigError, ModelError
+from jrlhf.model import Model
 from jrlhf.models.build import Net
 from jrlhf.models.build_encoder import AnyNet
 from jrlhf.models.encoder_spec import EncoderSpec

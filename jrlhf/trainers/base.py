@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jrlhf.auto import Model
 from jrlhf.errors import ConfigError
+from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
 from jrlhf.rollout.score import Actor
 from jrlhf.sharding.place import params_shardings, put_batch

@@ -51,7 +51,7 @@ class GRPOTrainer(Trainer):
         args, mesh = start.args, start.mesh
         rewards = setup.need(start.given["reward_funcs"], "GRPOTrainer", "reward_funcs")
         if args.of_vllm:
-            setup.say_once(
+            adapters.say_once(
                 f"{', '.join(args.of_vllm)}: jrlhf samples with its own engine in the training "
                 "process; vllm_* fields change nothing."
             )

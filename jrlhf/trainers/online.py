@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from jrlhf.auto import AutoModelForSequenceClassification, Model
+from jrlhf.auto import AutoModelForSequenceClassification
 from jrlhf.data.loader import Order, StreamLoader
 from jrlhf.data.rows import Rows, RowStream
 from jrlhf.data.sources import load_rows
 from jrlhf.data.tokenize import prompt_rows
 from jrlhf.errors import ConfigError, PromptTooLongError
+from jrlhf.model import Model
 from jrlhf.rollout.collect import Plan
 from jrlhf.rollout.devices import round_up
 from jrlhf.rollout.engine import Engine, bucket

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jrlhf.auto import Model
+from jrlhf.model import Model
 from jrlhf.rollout.collect import Plan, Rollouts
 from jrlhf.rollout.rewards import RewardSuite
 from jrlhf.rollout.score import Actor

@@ -16,10 +16,10 @@ from jrlhf.auto import (
     AutoModelForCausalLM,
     AutoModelForCausalLMWithValueHead,
     AutoModelForSequenceClassification,
-    Model,
 )
 from jrlhf.config import TrainingConfig, aliases
 from jrlhf.errors import ConfigError, ModelError, suggest
+from jrlhf.model import Model
 from jrlhf.models import hub
 from jrlhf.models.build import Net
 from jrlhf.models.build_encoder import EncoderNet
@@ -28,7 +28,6 @@ from jrlhf.models.lora.config import base_of
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
 from jrlhf.trainers import adapters
-from jrlhf.trainers.adapters import say_once as say_once  # where faces look for it
 
 # Arguments of TRL's trainers that belong to PyTorch.
 _REFUSED = {
@@ -75,7 +74,7 @@ def modernise(
             _warn(f"{face}: {name} belongs into {config_class.__name__}({name}=...).")
             into_config[name] = value
         elif name in _REFUSED:
-            if value is not None and value != (None, None):
+            if value not in (None, (None, None)):
                 raise ConfigError(f"{face}: {name} is not supported: {_REFUSED[name]}.")
         else:
             raise ConfigError(f"{face} has no argument {name!r}.{suggest(name, [*given, *fields])}")

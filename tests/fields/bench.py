@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from jrlhf import (
     SFTConfig,
     SFTTrainer,
 )
-from jrlhf.auto import Model
+from jrlhf.model import Model
+from jrlhf.peft import LoraConfig
 from jrlhf.sharding.mesh import make_mesh
+from jrlhf.trainers.adapters import say_once
 from tests.rollout.conftest import EOS, VOCAB, word_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -136,6 +139,21 @@ class Bench:
     def directory(self) -> str:
         """A directory that nobody else writes to."""
         return str(self._directory / f"run-{next(self._number)}")
+
+
+def dropout_is_turned_off(bench: Bench, face: str) -> None:
+    """With `disable_dropout` an adapter that asks for dropout is told that it gets none."""
+    adapter = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
+
+    def told(off: bool) -> bool:
+        say_once.cache_clear()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            bench.trainer(face, disable_dropout=off, given={"peft_config": adapter})
+        return any("lora_dropout changes nothing" in str(w.message) for w in heard)
+
+    assert told(True)
+    assert not told(False)
 
 
 def first_rows(trainer: Any) -> list[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from jrlhf.commands.ppo import PPOArguments
 from jrlhf.commands.report import ReportConfig
 from jrlhf.errors import ConfigError, MissingFileError, ModelError
 from jrlhf.trainers.sft import SFTConfig
+from tests.cli.test_adapter_flags import FLAGS
 from tests.fields.bench import PAIRS, PROMPTS, Bench, declared, words
 from tests.rollout.conftest import EOS
 
@@ -336,9 +337,15 @@ def output(bench: Bench) -> None:
     assert not Path("run/report.html").exists()
 
 
+# tests/cli/test_adapter_flags.py flips these.
+ADAPTERS = {words[0][2:] for words, _ in FLAGS.values() if words} | {
+    "use_peft",
+    "load_in_4bit",
+    "load_in_8bit",
+}
 REPORT: dict[str, Check] = {"run_dir": run_dir, "output": output}
 TABLES: dict[type, tuple[dict[str, Check], set[str]]] = {
-    ScriptArguments: (SCRIPT, set()),
+    ScriptArguments: (SCRIPT, ADAPTERS),
     DPOArguments: (DPO, set()),
     PPOArguments: (PPO, set()),
     GRPOArguments: (GRPO, set()),

@@ -13,7 +13,16 @@ import pytest
 from jrlhf.algos import DPO, Reward
 from jrlhf.errors import ConfigError, EmptyDatasetError
 from jrlhf.types import Outputs
-from tests.fields.bench import CONTEXT, PAIRS, TEXTS, Bench, first_batch, first_rows, words
+from tests.fields.bench import (
+    CONTEXT,
+    PAIRS,
+    TEXTS,
+    Bench,
+    dropout_is_turned_off,
+    first_batch,
+    first_rows,
+    words,
+)
 
 Check = Callable[[Bench], None]
 CHAT = "{% for m in messages %}{{ 'w50 ' + m['content'] + ' ' }}{% endfor %}"
@@ -257,12 +266,14 @@ TABLES: dict[str, dict[str, Check]] = {
         "shuffle_dataset": sft_shuffle_dataset,
     },
     "reward": {
+        "disable_dropout": lambda bench: dropout_is_turned_off(bench, "reward"),
         "center_rewards_coefficient": reward_center_rewards_coefficient,
         "append_eos": reward_append_eos,
         "max_length": reward_max_length,
         "chat_template_path": reward_chat_template_path,
     },
     "dpo": {
+        "disable_dropout": lambda bench: dropout_is_turned_off(bench, "dpo"),
         "beta": dpo_beta,
         "loss_type": dpo_loss_type,
         "label_smoothing": dpo_label_smoothing,

@@ -15,8 +15,16 @@ from jrlhf.rollout.collect import Plan
 from jrlhf.rollout.reward_model import RewardModel
 from jrlhf.rollout.rewards import Completions
 from jrlhf.rollout.sampling import SamplingParams
-from jrlhf.trainers import setup
-from tests.fields.bench import ONLINE, PROMPTS, Bench, first_rows, length_reward, words
+from jrlhf.trainers import adapters
+from tests.fields.bench import (
+    ONLINE,
+    PROMPTS,
+    Bench,
+    dropout_is_turned_off,
+    first_rows,
+    length_reward,
+    words,
+)
 from tests.rollout.conftest import EOS
 
 Check = Callable[[Bench, str], None]
@@ -236,7 +244,7 @@ def shuffle_dataset(bench: Bench, face: str) -> None:
 
 def of_vllm(name: str, value: Any) -> Check:
     def check(bench: Bench, face: str) -> None:
-        setup.say_once.cache_clear()
+        adapters.say_once.cache_clear()
         with pytest.warns(UserWarning, match=f"{name}: .*its own engine"):
             bench.trainer(face, **{name: value})
         with warnings.catch_warnings():
@@ -253,6 +261,7 @@ def vllm_mode(bench: Bench, face: str) -> None:
 
 
 GRPO: dict[str, Check] = {
+    "disable_dropout": dropout_is_turned_off,
     "num_iterations": num_iterations,
     "steps_per_generation": steps_per_generation,
     "generation_batch_size": generation_batch_size,
