@@ -339,7 +339,8 @@ def _measure(family, flags, directory):
         "logits": relative(np.asarray(ours)[real], logits[real]),
         "loss": abs(loss_here - loss),
         "gradients": worst_gradient(gradients, expected),
-        "reload": same(again.state_dict(), state) and torch.equal(their_logits(again), first),
+        # The weights bit by bit; the config by what it computes (kernels may follow alignment).
+        "reload": same(again.state_dict(), state) and relative(their_logits(again), first) <= 1e-6,
     }
 
 
