@@ -246,9 +246,9 @@ def rows():
     return {"ids": ids, "segments": segments, "positions": positions}, weights
 
 
-def theirs(family, flags, *, kind="CausalLM", scale=0.15, **more):
+def theirs(family, flags, *, kind="CausalLM", scale=0.15, seed=0, **more):
     """A float32 transformers model with every parameter, norms and biases too, off its start."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **{**BASE, **CASES[family][flags], **more})
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval()
@@ -339,7 +339,8 @@ def _measure(family, flags, directory):
         "logits": relative(np.asarray(ours)[real], logits[real]),
         "loss": abs(loss_here - loss),
         "gradients": worst_gradient(gradients, expected),
-        "reload": same(again.state_dict(), state) and torch.equal(their_logits(again), first),
+        # The weights bit by bit; the config by what it computes (kernels may follow alignment).
+        "reload": same(again.state_dict(), state) and relative(their_logits(again), first) <= 1e-6,
     }
 
 
@@ -363,15 +364,19 @@ def oracle(model):
 @functools.cache
 def greedy_agreement(family, flags):
     """Of 64 greedy tokens through the cache, the fewest that a row has in common with theirs."""
-    model = theirs(family, flags, scale=0.4)
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        net, params, _ = load_pretrained(directory)
     lengths, width = np.array(PROMPTS, np.int32), max(PROMPTS)
     ids = np.random.default_rng(2).integers(1, BASE["vocab_size"], (2, width)).astype(np.int32)
-    model.double()
-    expected = np.stack([generate(model, row[:n]) for row, n in zip(ids, lengths, strict=True)])
-    assert min(len(np.unique(row)) for row in expected) > 5  # not a row of one token
+    for seed in range(8):  # some draws say one token for ever, which proves little
+        model = theirs(family, flags, scale=0.4, seed=seed)
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            net, params, _ = load_pretrained(directory)
+        model.double()
+        expected = np.stack([generate(model, row[:n]) for row, n in zip(ids, lengths, strict=True)])
+        if min(len(np.unique(row)) for row in expected) > 5:
+            break
+    else:
+        raise AssertionError(f"no draw of {family} ({flags}) gives varied rows")
     ours = greedy(net, quick_jit(net.unstack)(params), ids, lengths)
     return int((np.asarray(ours) == expected).sum(axis=1).min())
 

@@ -94,7 +94,10 @@ def write_keys(spec: DecoderSpec, keys: Keys, architectures: Mapping[str, str]) 
     }
     for field, (name, _) in keys.items():
         config[name] = getattr(spec, field)
-    config[keys["hidden_act"][0]] = _ACTIVATION_NAMES[spec.hidden_act]
+    act = keys["hidden_act"][0]
+    config[act] = _ACTIVATION_NAMES[spec.hidden_act]
+    if act == "activation_function" and spec.hidden_act == "gelu_tanh":
+        config[act] = "gelu_new"  # what GPT-2 and its kin call it; it rounds otherwise
     if spec.head != "causal":
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(spec.num_labels)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(spec.num_labels)}
