@@ -320,11 +320,12 @@ def _measure(family, flags, directory):
     real, scored = batch["segments"] > 0, batch["positions"] > 0
 
     def objective(params):
-        hidden = net.hidden(params, **batch)
+        hidden = net.hidden(params, **{k: jnp.asarray(x) for k, x in batch.items()})
         # As `rollout.score.outputs` does: the state before a token scores it.
         states = net.head_states(jnp.roll(hidden, 1, axis=1))
         logps, _, _ = token_logps(
-            states.reshape(-1, states.shape[-1]), net.head(params), batch["ids"].reshape(-1),
+            states.reshape(-1, states.shape[-1]), net.head(params),
+            jnp.asarray(batch["ids"]).reshape(-1),
             softcap=net.spec.final_softcap, entropy=False,
         )  # fmt: skip
         logps = logps.reshape(scored.shape)
@@ -435,7 +436,7 @@ def classifiers():
                 yield family, kind
 
 
-@pytest.mark.parametrize(("family", "kind"), classifiers())
+@pytest.mark.parametrize(("family", "kind"), list(classifiers()))
 def test_classifiers_pass_both_ways(family, kind, tmp_path):
     """Names and shapes for all; scores for four that differ in how they name or run things."""
     flags = next(iter(CASES[family]))

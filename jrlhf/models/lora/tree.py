@@ -231,7 +231,12 @@ def _first(adapter: Adapter, target: Target, kernel: Array, key: Array) -> Param
     a, b = _each(target, draw)(constants["tag"], ranks)
     leaves = {"a": a, "b": b}
     if adapter.dora:
-        leaves["magnitude"] = _each(target, norm)(kernel, a, b, constants["scale"])
+
+        def magnitude(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+            # Layers that are not adapted have none: a file says nothing of them.
+            return jnp.where(scale == 0, 0.0, norm(kernel, a, b, scale))
+
+        leaves["magnitude"] = _each(target, magnitude)(kernel, a, b, constants["scale"])
     if target.source is not None:  # the same draw as the first one's: their names are the same
         del leaves["a"]
     return leaves
