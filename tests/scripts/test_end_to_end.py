@@ -45,6 +45,7 @@ def write_reviews(path: Path, count: int = 220) -> None:
             words = [rng.choice(GOOD if i % 2 else BAD) for _ in range(3)]
             first = f"The {rng.choice(['cat', 'king', 'queen'])} number {i} was {words[0]}"
             text = f"{first} and the story was {words[1]}. I thought that it was {words[2]} too."
+            text += f" It was {words[0]}." * (quickstart_data.TEXT_WORDS // 3)
             writer.writerow([text, i % 2])
 
 
