@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 PROMPT_WORDS = 6  # of a review's start; the policy writes on from there
 # No text comes to its end, as completions of a fixed length do not: so length rewards nothing, and
-# nothing is spent on padding. Of these words every recipe's `max_length` of tokens is full.
+# nothing is spent on padding. These words make more tokens than the default recipes' `max_length`.
 TEXT_WORDS = 60
 # A reward model reads its texts whole or not at all: few of these words have more tokens than that.
 PAIR_WORDS = 30

@@ -206,10 +206,12 @@ class ShowSamples:
 
     def __init__(self, samples: Callable[[], list[dict[str, Any]]], count: int) -> None:
         self._samples, self._count = samples, count
+        self._shown = -1
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not is_main():
+        if not is_main() or state.global_step == self._shown:  # the last step is logged twice
             return
+        self._shown = state.global_step
         rows = self._samples()[: self._count]
         with (Path(args.output_dir) / "completions.jsonl").open("a", encoding="utf-8") as file:
             for row in rows:

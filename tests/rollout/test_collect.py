@@ -140,7 +140,9 @@ def test_frozen_layers_run_once_per_rollout_and_change_nothing(
     assert "trunk" not in state["buffer"]
     resumed = make()
     resumed.load_state_dict(state)
-    for name, x in resumed.batch(3, State(moved)).items():
+    again = resumed.batch(3, State(moved))
+    assert set(again) == set(batches[3])
+    for name, x in again.items():
         np.testing.assert_array_equal(x, batches[3][name], err_msg=name)
 
     # Where it would be too large it is left out, and nothing else differs.

@@ -106,6 +106,7 @@ def test_a_deberta_scores_a_ppo_rollout_by_the_text(
     lines = Path("ppo/completions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     texts = [row["prompt"] + row["completion"] for row in rows]
+    assert len(rows) == 16
     assert len({row["reward"] for row in rows}) > 4
     np.testing.assert_allclose(
         [row["reward"] for row in rows], read_alone(deberta, texts), rtol=0, atol=1e-4
@@ -145,7 +146,7 @@ def test_an_encoder_learns_to_prefer_and_is_saved_whole(
     )  # fmt: skip
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.2
     trainer.save_model()
     texts = [row["chosen"] for row in hh[:4]]
     ids = trainer.processing_class(

@@ -24,10 +24,6 @@ Weights = Sequence[tuple[Weight, Sequence[tuple[str, Path, Any]]]]
 _DEFAULTS = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "bert": ("query", "value"),
-    "roberta": ("query", "value"),
-    "deberta-v2": ("query_proj", "value_proj"),
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "opt",
          "gptj"), ("q_proj", "v_proj"),
