@@ -50,7 +50,7 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def attend_cache(
     q: Float[Array, "b s h e"],
-    k: Float[Array, "b k t e"],
+    k: Float[Array, "b k e t"],
     v: Float[Array, "b k t e"],
     valid: Bool[Array, "b t"],
     sinks: Float[Array, " h"] | None = None,
@@ -62,8 +62,9 @@ def attend_cache(
     b, s, h, e = q.shape
     n = k.shape[1]
     rows = _grouped(q, n, dtype, scale=scoring.scale).reshape(b, n, (h // n) * s, e)
+    raw = _einsum("bnme,bnet->bnmt", rows.astype(k.dtype), k)
     sink = _sink_rows(sinks, n, s)
-    out, _ = _block(rows, k, v, valid[:, None, None, :], scoring.softcap, sink)
+    out, _ = _block(raw, v, valid[:, None, None, :], scoring.softcap, sink, dtype)
     return _merged(out.reshape(b, n, h // n, s, e)).astype(dtype)
 
 
@@ -113,9 +114,8 @@ def _forward(
         block = rows[:, :, :, start:end].reshape(b, n, g * (end - start), e)
         allowed = jnp.tile(_allowed(segments, window, start, end), (1, g, 1))[:, None]
         sink = _sink_rows(sinks, n, end - start)
-        out, lse = _block(
-            block, keys[:, :, :end], values[:, :, :end], allowed, scoring.softcap, sink
-        )
+        raw = _einsum("bnme,bnte->bnmt", block, keys[:, :, :end])
+        out, lse = _block(raw, values[:, :, :end], allowed, scoring.softcap, sink, dtype)
         outs.append(out.reshape(b, n, g, end - start, e))
         sums.append(lse.reshape(b, n, g, end - start))
     out = checkpoint_name(_merged(jnp.concatenate(outs, axis=3)).astype(dtype), "attention")
@@ -171,15 +171,15 @@ attend_causal.defvjp(_forward, _backward)
 
 
 def _block(
-    q: Float[Array, "b n m e"],
-    k: Float[Array, "b n t e"],
+    raw: Float[Array, "b n m t"],
     v: Float[Array, "b n t e"],
     allowed: Bool[Array, "#b 1 #m t"],
     softcap: float | None,
     sink: Float[Array, "1 n m 1"] | None,
+    dtype: str,
 ) -> tuple[Float[Array, "b n m e"], Float[Array, "b n m"]]:
-    """Attention of (scaled) query rows, and the log-sum-exp of each row's scores."""
-    scores = jnp.where(allowed, _capped(_einsum("bnme,bnte->bnmt", q, k), softcap), BLOCKED)
+    """Attention of query rows with these raw scores, and the log-sum-exp of each row's scores."""
+    scores = jnp.where(allowed, _capped(raw, softcap), BLOCKED)
     largest = jnp.max(scores, axis=-1, keepdims=True)
     if sink is not None:
         largest = jnp.maximum(largest, sink)
@@ -187,7 +187,7 @@ def _block(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sink is not None:
         total = total + jnp.exp(sink - largest)
-    out = _einsum("bnmt,bnte->bnme", weights.astype(v.dtype), v) / total
+    out = _einsum("bnmt,bnte->bnme", weights.astype(dtype).astype(v.dtype), v) / total
     return out, (largest + jnp.log(total))[..., 0]
 
 

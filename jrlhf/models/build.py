@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +28,30 @@ from jrlhf.models.halves import combine as combine
 from jrlhf.models.halves import partition as partition
 from jrlhf.models.halves import restack as restack
 from jrlhf.models.heads import last_token
+from jrlhf.models.layers import Linear
 from jrlhf.models.lora import tree as lora
 from jrlhf.models.lora.config import LoraConfig
 from jrlhf.models.lora.layer import dropping
 from jrlhf.models.lora.plan import Adapter, Linears, plan
 from jrlhf.models.moe import Routing
 from jrlhf.models.quantize import is_quantized
-from jrlhf.models.rope import Rotation, rotation
+from jrlhf.models.rope import Rotation, document_lengths, rotation
 from jrlhf.models.spec import DecoderSpec, RopeSpec
 from jrlhf.ops.logps import head_logits
-
-if TYPE_CHECKING:
-    pass
+from jrlhf.ops.turned import Turned, pays
 
 Params = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=64)
+def _linears(spec: DecoderSpec) -> dict[str, int]:
+    """The kernels of an unstacked decoder's linear maps, and how many of their axes are inputs."""
+    modules = nnx.iter_modules(nnx.merge(*_graph(spec, (), True)))
+    return {
+        "/".join(map(str, (*path, "kernel"))): module.inputs
+        for path, module in modules
+        if isinstance(module, Linear)
+    }
 
 
 @functools.lru_cache(maxsize=64)
@@ -306,6 +316,8 @@ class Net:
         context = self._positioned(positions[:, None], positions[:, None] + 1)._replace(
             valid=valid, behind=behind, slot=jnp.asarray(slot, jnp.int32)
         )
+        # Made once: XLA would fold the cosines into every layer's rotations.
+        context = jax.lax.optimization_barrier(context)
         hidden, cache = self._module(params).decode(ids[:, None], context, cache)
         return hidden[:, 0], cache
 
@@ -313,7 +325,8 @@ class Net:
         """Params for decoding: layers as a list, weights cast to the compute dtype once.
 
         Slicing a stack costs a copy of the weights at every token; here it is paid once per
-        rollout. Norms, biases, routers, the value head and the classifier keep their own type.
+        rollout. On a CPU the kernels of linear maps are `Turned`. Norms, biases, routers, the value
+        head and the classifier keep their own type.
         """
         params = lora.weave(params, self.adapters, ready=True)
         cast = {key: value for key, value in params.items() if key not in ("trunk", "layers")}
@@ -325,6 +338,7 @@ class Net:
                     jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(count)
                 ]
         cast["layers"] = layers
+        turned = _linears(self.spec) if pays() else {}
 
         def lower(path: tuple[Any, ...], leaf: Any) -> Any:
             if is_quantized(leaf):
@@ -332,7 +346,9 @@ class Net:
             names = {str(getattr(key, "key", "")) for key in path}
             is_dot = bool(names & {"kernel", "table", "a", "b"})
             is_dot = is_dot and not names & {"value", "score", "router"}
-            return leaf.astype(self.spec.dtype) if is_dot else leaf
+            leaf = leaf.astype(self.spec.dtype) if is_dot else leaf
+            count = turned.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+            return leaf if count is None else Turned.of(leaf, count)
 
         return jax.tree_util.tree_map_with_path(lower, cast, is_leaf=is_quantized)
 
@@ -358,7 +374,7 @@ class Net:
         long = None
         if self.spec.rope.by_length:
             if segments is not None:
-                long = _document_lengths(positions, segments)
+                long = document_lengths(positions, segments)
             elif lengths is not None:
                 long = lengths[:, None]
             else:
@@ -378,15 +394,3 @@ class Net:
 
         local = None if spec.local_rope is None else angles(spec.local_rope)
         return Context(angles(spec.rope), local)
-
-
-def _document_lengths(
-    positions: Int[Array, "#b s"], segments: Int[Array, "b s"]
-) -> Int[Array, "b s"]:
-    """How many tokens the document of each token has."""
-
-    def row(positions: Array, segments: Array) -> Array:
-        last = jax.ops.segment_max(positions, segments, num_segments=segments.shape[0] + 1)
-        return last[segments] + 1
-
-    return jax.vmap(row)(jnp.broadcast_to(positions, segments.shape), segments)

@@ -144,7 +144,7 @@ class Attention(nnx.Module):
         else:
             assert context.slot is not None
             assert context.valid is not None
-            memory = cache = cache.write(k, v, context.slot)
+            memory = cache = cache.write(k, v, context.slot, dtype=self.dtype)
             valid = context.valid
             if flags.window is not None:
                 valid = valid & (context.behind < flags.window)

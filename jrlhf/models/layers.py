@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.spec import DecoderSpec
+from jrlhf.ops.turned import Turned
 
 Shape = tuple[int, ...]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -249,10 +250,17 @@ class Linear(nnx.Module):
         self.lora = nnx.Dict()
 
     def __call__(self, x: Array) -> Array:
-        y = dot(x, self.kernel[...], self.inputs, self.dtype)
+        turned = self.turned
+        y = turned.dot(x) if turned else dot(x, self.kernel[...], self.inputs, self.dtype)
         for path in self.lora.values():
             y = path(x, y, self.kernel[...])
         return add_bias(y, self.bias[...]) if self.has_bias else y
+
+    @property
+    def turned(self) -> Turned | None:
+        """The kernel, if it is laid out for decoding."""
+        kernel: object = self.kernel.get_value()
+        return kernel if isinstance(kernel, Turned) else None
 
 
 class Norm(nnx.Module):
@@ -331,7 +339,7 @@ class Mlp(nnx.Module):
         if not self.gated:
             return self.down(ACTIVATIONS[self.act](constrain(self.up(x), axes)))
         gate, up = constrain(self.gate(x), axes), constrain(self.up(x), axes)
-        if self.down.lora:  # its path reads the product too
+        if self.down.lora or self.down.turned:  # a path reads the product too; no gradient
             low_gate, low_up = gate.astype(self.down.dtype), up.astype(self.down.dtype)
             return self.down(_gated(low_gate, low_up, self.act))
         y = gated_dot(gate, up, self.down.kernel[...], self.act, self.down.dtype)

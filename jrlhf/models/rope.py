@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -162,3 +163,15 @@ def rotate(
     if interleaved:
         return jnp.stack(pair, axis=-1).reshape(x.shape)
     return jnp.concatenate(pair, axis=-1)
+
+
+def document_lengths(
+    positions: Int[Array, "#b s"], segments: Int[Array, "b s"]
+) -> Int[Array, "b s"]:
+    """How many tokens the document of each token has."""
+
+    def row(positions: Array, segments: Array) -> Array:
+        last = jax.ops.segment_max(positions, segments, num_segments=segments.shape[0] + 1)
+        return last[segments] + 1
+
+    return jax.vmap(row)(jnp.broadcast_to(positions, segments.shape), segments)

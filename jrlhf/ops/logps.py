@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from jrlhf.ops.turned import Turned
+
 # Of the float32 logits of one chunk: on a CPU in all, so that passes over them stay near the cache;
 # elsewhere on each device. With smaller chunks the head is read, and its gradient accumulated and
 # summed over devices, more often.
@@ -28,7 +30,7 @@ NEVER = -1e30
 
 def head_logits(
     hidden: Float[Array, "t d"],
-    head: Float[Array, "d v"],
+    head: Float[Array, "d v"] | Turned,
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -39,6 +41,7 @@ def head_logits(
     Args:
         hidden: states after the final norm.
         head: output weights; their dtype is the dtype of the matmul, whose result is float32.
+            Turned for a few rows at a time, on a CPU.
         temperature: divides the logits, after the cap.
         softcap: c in c·tanh(logits / c) (Gemma 2), or None.
         vocab: columns from here on are padding of the head and get probability 0.
@@ -46,7 +49,10 @@ def head_logits(
     Returns:
         The logits. One row per token: for a chunk of a sequence, or one decoding step.
     """
-    logits = jnp.dot(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    if isinstance(head, Turned):
+        logits = head.dot(hidden)
+    else:
+        logits = jnp.dot(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if temperature != 1.0:

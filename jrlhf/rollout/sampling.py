@@ -18,6 +18,7 @@ from jrlhf.errors import ConfigError
 from jrlhf.models.build import Net
 from jrlhf.ops import sampling as ops
 from jrlhf.ops.logps import head_logits
+from jrlhf.ops.turned import Turned, pays
 from jrlhf.rollout.devices import active
 from jrlhf.types import PyTree
 
@@ -141,7 +142,7 @@ def _sample(
         spread = jax.tree.map(lambda x: jnp.repeat(x, r // b, axis=0), per_prompt)
         last_hidden, cache, lengths, prompt_ids, prompt_lengths = spread
     light = net.unstack(params)
-    head = net.head(light)
+    head = Turned.of(net.head(light), 1) if pays() else net.head(light)
 
     in_prompt = jnp.arange(p)[None, :] < prompt_lengths[:, None]
     steps = jnp.arange(p + n)[None, :]
@@ -178,7 +179,7 @@ def _sample(
 
 def _draw(
     net: Net,
-    head: Float[Array, "d v"],
+    head: Float[Array, "d v"] | Turned,
     keys: Key[Array, " r"],
     sampling: SamplingParams,
     state: _State,

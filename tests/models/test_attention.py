@@ -80,7 +80,7 @@ def test_a_query_on_the_cache_reads_the_valid_slots_and_its_sink():
     q, k, v, _, sinks, _ = arrays()
     valid = np.random.default_rng(1).random((B, LENGTH)) < 0.3
     out = attend_cache(
-        q[:, :1], k.swapaxes(1, 2), v.swapaxes(1, 2), valid, sinks,
+        q[:, :1], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), valid, sinks,
         dtype="float32", scoring=Scoring(0.8, 1.5),
     )  # fmt: skip
     p = weights(np, q[:, :1], k, valid[:, None], scale=0.8, softcap=1.5, sinks=sinks)
