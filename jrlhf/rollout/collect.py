@@ -127,7 +127,6 @@ class Rollouts:
         reference_net: AnyNet | None = None,
         kl_coef: float | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Prepares a source; nothing is sampled yet.
 
@@ -145,7 +144,6 @@ class Rollouts:
                 reference is the same base with them off, and its half is {}.
             kl_coef: start of an adaptive KL coefficient; None: the algorithm has none.
             mesh: rows are cut over its data and fsdp axes.
-            progress: called with (rows sampled, rows in all).
         """
         self.actor, self.algorithm, self.engine, self.rewards = actor, algorithm, engine, rewards
         self.plan, self.frozen, self.reference, self.mesh = plan, frozen, reference, mesh
@@ -153,7 +151,8 @@ class Rollouts:
         self.kl_coef = kl_coef
         self.samples: list[dict[str, Any]] = []
         self.trainer_state: Any = None
-        self._prompts, self._progress = prompts, progress
+        self._prompts = prompts
+        self._tell: Callable[[int, int], None] | None = None
         self._buffer: Arrays = {}
         self._rollout = -1
         self._pending: list[dict[str, float]] = []
@@ -205,6 +204,10 @@ class Rollouts:
         # Trunk states are large, and computed again to the same bits.
         buffer = {name: x for name, x in self._buffer.items() if name != "trunk"}
         return {"rollout": self._rollout, "kl_coef": self.kl_coef, "buffer": buffer}
+
+    def watch(self, tell: Callable[[int, int], None]) -> None:
+        """From now on `tell` hears (completions sampled, in all) of every rollout."""
+        self._tell = tell
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
@@ -258,7 +261,7 @@ class Rollouts:
             row_ids=range(self.plan.rows)[devices.own_rows(self.plan.rows)],
             group=self.plan.group,
             prompt_length=self.plan.prompt_length,
-            progress=self._progress,
+            progress=self._tell,
         )
         rows = [prompt for prompt in prompts for _ in range(self.plan.group)]
         return list(zip(rows, done, strict=True))

@@ -52,6 +52,10 @@ class Source(Protocol):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None: ...
 
+    def watch(self, tell: Callable[[int, int], None]) -> None:
+        """Takes what is to be told (completions done, in all) while a batch takes its time."""
+        ...
+
 
 class TrainOutput(NamedTuple):
     """What `train` returns, as in transformers."""
@@ -191,6 +195,7 @@ class Loop:
             plain=bool(args.disable_tqdm),
             silent=not is_main(),
         )
+        self.source.watch(self._progress.sampling)
         self._in_flight: collections.deque[jax.Array] = collections.deque()
 
     def _restore(self, path: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Any, TextIO
 
 from jrlhf.train.metrics import Numbers
 
+# Seconds without a word after which a long rollout says how far it is.
+PATIENCE = 10.0
+
 
 class Progress:
     """A bar with loss, tokens/s and ETA on a terminal; elsewhere one line per log.
@@ -32,7 +35,7 @@ class Progress:
         self.total, self.initial, self.silent = total, initial, silent
         self.stream = stream or sys.stderr
         self._bar: Any = None
-        self._begin = time.perf_counter()
+        self._begin = self._told = time.perf_counter()
         if not silent and not plain and self.stream.isatty():
             from tqdm import tqdm
 
@@ -54,10 +57,17 @@ class Progress:
         else:
             self.say(f"step {step}/{self.total}  {_line(shown)}{self._eta(step)}")
 
+    def sampling(self, done: int, total: int) -> None:
+        """Within a step, so many completions are there: said when nothing was said for a while."""
+        now = time.perf_counter()
+        if not self.silent and done < total and now - self._told >= PATIENCE:
+            self.say(f"  sampled {done} of {total} completions")
+
     def say(self, text: str) -> None:
         """Writes one line, above the bar where there is one."""
         if self.silent:
             return
+        self._told = time.perf_counter()
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         else:

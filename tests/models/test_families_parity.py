@@ -1,6 +1,6 @@
 """Every decoder family against transformers, with each flag of its config on and off somewhere.
 
-`python tests/models/test_families_parity.py` measures all cases and writes docs/models.md.
+`python -m tests.models.table` measures all cases and writes docs/models.md.
 Models are tiny and random, with norms and biases off their starting values; the oracle runs in
 float64, one document at a time, so that it has no padding to get wrong.
 """
@@ -30,7 +30,6 @@ transformers.logging.disable_progress_bar()
 # The same program, translated with less care: half the compile time.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 BASE = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -467,35 +466,3 @@ def test_classifiers_pass_both_ways(family, kind, tmp_path):
         return net.scores(params, hidden, jnp.array([ids.shape[1]]))
 
     assert relative(quick_jit(scores)(params), expected) <= 1e-5
-
-
-def test_the_committed_table_names_every_case():
-    text = DOCS.read_text(encoding="utf-8")
-    missing = [named for named in NAMED if f"| {named[0]} | {plain(named[1])} |" not in text]
-    assert not missing, "write docs/models.md anew: see its head"
-
-
-def plain(flags):
-    return flags.removesuffix(" *")
-
-
-def table():
-    """Markdown rows of everything that is measured here."""
-    lines = [
-        "| model_type | flags | logits | loss | gradients | greedy tokens | export |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for family, flags in NAMED:
-        found = measure(family, flags)
-        numbers = [f"{found[key]:.0e}" for key in ("logits", "loss", "gradients")]
-        tokens = f"{greedy_agreement(family, flags)} of {NEW}" if (family, flags) in GREEDY else ""
-        bitwise = "bitwise" if found["reload"] else "DIFFERS"
-        lines.append("| " + " | ".join((family, plain(flags), *numbers, tokens, bitwise)) + " |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    begin, end = "<!-- decoders: begin -->\n", "<!-- decoders: end -->\n"
-    text = DOCS.read_text(encoding="utf-8")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    DOCS.write_text(before + begin + table() + end + after, encoding="utf-8")

@@ -164,7 +164,10 @@ def test_reward_functions_see_each_completion_beside_its_prompt_and_columns(
 
     source = build(ppo(), functions=look)
     source.trainer_state = "now"
+    told: list[tuple[int, int]] = []
+    source.watch(lambda done, total: told.append((done, total)))
     made = source.collect(0, policy.params)
+    assert told == [(ROWS, ROWS)]
     assert seen["prompts"] == [f"prompt {i}" for i in range(ROWS)]
     assert seen["bonus"] == [i / 4 for i in range(ROWS)]
     assert seen["trainer_state"] == "now"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jrlhf.errors import ConfigError
+from jrlhf.train import progress
 from jrlhf.train.metrics import Meter, compiles
 from jrlhf.train.progress import Progress
 from jrlhf.train.writers import JsonlWriter, TensorBoardWriter, reporters
@@ -108,15 +109,26 @@ def test_report_to_is_checked_by_name():
 
 def test_lines_are_written_where_there_is_no_terminal():
     stream = io.StringIO()
-    progress = Progress(100, initial=10, stream=stream)
-    progress.step()
-    progress.log(20, {"loss": 1.25, "tokens_per_second": 1234.5, "hidden": 3.0})
-    progress.log(100, {"loss": 1.0})
-    progress.close()
+    lines = Progress(100, initial=10, stream=stream)
+    lines.step()
+    lines.log(20, {"loss": 1.25, "tokens_per_second": 1234.5, "hidden": 3.0})
+    lines.log(100, {"loss": 1.0})
+    lines.close()
     first, last = stream.getvalue().splitlines()
     assert first.startswith("step 20/100  loss 1.25  1,234 tokens/s  ETA 0:00:")
     assert "hidden" not in first
     assert last == "step 100/100  loss 1"
+
+
+def test_a_long_rollout_says_how_far_it_is(monkeypatch):
+    stream = io.StringIO()
+    lines = Progress(100, stream=stream)
+    lines.sampling(64, 512)  # something was just said
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    lines.sampling(128, 512)
+    lines.sampling(512, 512)  # the step's own line follows
+    Progress(100, stream=stream, silent=True).sampling(64, 512)
+    assert stream.getvalue() == "  sampled 128 of 512 completions\n"
 
 
 class Terminal(io.StringIO):
@@ -126,12 +138,12 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_gets_a_bar_with_loss_and_speed():
     stream = Terminal()
-    progress = Progress(3, stream=stream)
+    bar = Progress(3, stream=stream)
     for step in (1, 2, 3):
-        progress.step()
-        progress.log(step, {"loss": 1.0 / step, "tokens_per_second": 10.0})
-    progress.say("hello")
-    progress.close()
+        bar.step()
+        bar.log(step, {"loss": 1.0 / step, "tokens_per_second": 10.0})
+    bar.say("hello")
+    bar.close()
     assert "3/3" in stream.getvalue()
     assert "10 tokens/s" in stream.getvalue()
     assert "hello\n" in stream.getvalue()

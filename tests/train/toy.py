@@ -127,6 +127,9 @@ class Buffered:
     def load_state_dict(self, saved):
         self.start, self.buffer, self.drawn = saved["start"], saved["buffer"], saved["drawn"]
 
+    def watch(self, tell):
+        self.tell = tell
+
 
 @functools.cache
 def machine(optim, rate, decay, accumulate, limit, mesh, steps):

@@ -1,0 +1,47 @@
+"""The committed tables are complete, and hold what the issue of trust is about: their bounds."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.models.table import DOCS, plain
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+
+def committed(name: str) -> dict[tuple[str, str], list[str]]:
+    text = DOCS.read_text(encoding="utf-8")
+    lines = re.findall(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", text, re.DOTALL)
+    cells = [line.strip("| ").split(" | ") for line in lines[0].splitlines()[2:]]
+    return {(row[0], row[1]): row[2:] for row in cells}
+
+
+def test_every_decoder_case_stands_in_the_table_within_its_bounds() -> None:
+    from tests.models.test_families_parity import NAMED
+
+    rows = committed("decoders")
+    assert rows.keys() == {(family, plain(flags)) for family, flags in NAMED}
+    for row in rows.values():
+        logits, loss, gradients, tokens, export = row
+        assert float(logits) <= 1e-5
+        assert float(loss) <= 2e-6
+        assert float(gradients) <= 1e-5
+        assert (tokens, export) == ("64 of 64", "bitwise")
+
+
+def test_every_encoder_case_stands_in_the_table_within_its_bounds() -> None:
+    from tests.models.encoder_cases import CASES
+
+    rows = committed("encoders")
+    names = (name.partition(": ") for name in CASES)
+    assert rows.keys() == {(family, flags) for family, _, flags in names}
+    for row in rows.values():
+        scores, loss, gradients, export = row
+        assert float(scores) <= 1e-5
+        assert float(loss) <= 2e-6
+        assert float(gradients) <= 1e-5
+        assert export == "bitwise"
