@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jrlhf.data.rows import Rows
 from jrlhf.errors import ConfigError
 from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
@@ -130,7 +131,7 @@ class Trainer:
             evaluate=self._evaluate if evaluation else None,
             callbacks=callbacks or (),
             context={"model": self.model, "processing_class": self.processing_class},
-            about=adapters.about(self.model),
+            about={**adapters.about(self.model), **_data(source)},
         )
 
     def _mesh(self) -> jax.sharding.Mesh:
@@ -224,3 +225,9 @@ def _placed(model: Model, mesh: jax.sharding.Mesh) -> PyTree:
     """Shardings of a model's trainable parameters."""
     trainable = partition(model.net.abstract(), model.net)[0]
     return params_shardings(model.net, trainable, mesh)
+
+
+def _data(source: Any) -> dict[str, str]:
+    """What was read, for the config in checkpoints: a resumed run says if it reads other rows."""
+    rows = getattr(getattr(source, "loader", None), "rows", None)
+    return {"train_rows": rows.fingerprint()} if isinstance(rows, Rows) else {}

@@ -56,7 +56,9 @@ def test_training_learns_and_the_saved_model_is_the_trained_one(glassllm: str, t
     np.testing.assert_array_equal(*both)
 
 
-def test_a_resumed_sft_run_is_bitwise_the_same(glassllm: str, texts: Rows) -> None:
+def test_a_resumed_sft_run_is_bitwise_the_same(
+    glassllm: str, texts: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = sft(glassllm, texts, output_dir="whole")
     whole.train()
     sft(
@@ -73,6 +75,10 @@ def test_a_resumed_sft_run_is_bitwise_the_same(glassllm: str, texts: Rows) -> No
     assert same(whole.model, resumed.model)
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert losses[0] == losses[1]
+    assert not [r for r in caplog.records if "other values of" in r.getMessage()]
+    elsewhere = sft(glassllm, texts[1:], output_dir="cut")
+    elsewhere.train(resume_from_checkpoint=newest)
+    assert [r for r in caplog.records if "other values of train_rows;" in r.getMessage()]
 
 
 def test_ppo_resumed_in_the_middle_of_a_rollout_is_bitwise_the_same(
