@@ -371,11 +371,14 @@ def greedy_agreement(family, flags):
     """Of 64 greedy tokens through the cache, the fewest that a row has in common with theirs."""
     lengths, width = np.array(PROMPTS, np.int32), max(PROMPTS)
     ids = np.random.default_rng(2).integers(1, BASE["vocab_size"], (2, width)).astype(np.int32)
-    for seed in range(8):  # some draws say one token for ever, which proves little
-        model = theirs(family, flags, scale=0.4, seed=seed)
-        if family.startswith("gemma"):
-            # Tied and scaled up, a token's own vector would make it its own best successor.
-            model.get_input_embeddings().weight.data.mul_(0.1)
+    # Some draws say one token for ever, which proves little. Tied and scaled up, a token's own
+    # vector is its own best successor: then the embedding is made small.
+    small = 0.1 if family.startswith("gemma") else 1.0
+    draws = [(seed, 0.4, small) for seed in range(8)] + [(seed, 0.8, 0.1) for seed in range(8)]
+    for seed, scale, shrink in draws:
+        model = theirs(family, flags, scale=scale, seed=seed)
+        if shrink != 1.0:
+            model.get_input_embeddings().weight.data.mul_(shrink)
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
             net, params, _ = load_pretrained(directory)
