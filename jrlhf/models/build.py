@@ -191,8 +191,10 @@ class Net:
         segments: Int[Array, "b s"] | None = None,
         positions: Int[Array, "b s"] | None = None,
         lengths: Int[Array, " b"] | None = None,
+        trunk: Float[Array, "b s d"] | None = None,
+        dropout: UInt32[Array, "b 2"] | None = None,
     ) -> tuple[Float[Array, "b s d"], Routing]:
-        """`hidden` of a model with experts, and where its real tokens went, summed over layers.
+        """`hidden` of a model with experts, and where real tokens went, summed over trained layers.
 
         `moe.balancing_loss` of the routing is transformers' auxiliary loss. Its arguments are those
         of `hidden`; tokens are real where `segments` is not 0, else before `lengths`, else all.
@@ -205,7 +207,8 @@ class Net:
         elif lengths is not None:
             real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
         context = self._context(ids, segments, positions, lengths)._replace(real=real)
-        hidden, routing = self._module(params).hidden(ids, context)
+        with dropping(dropout):
+            hidden, routing = self._module(params).hidden(ids, context, trunk)
         assert routing is not None
         return hidden, routing
 

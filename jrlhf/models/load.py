@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jrlhf.errors import ConfigError, ModelError
-from jrlhf.models import hub
+from jrlhf.models import attend, hub
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.families import Weight, config_from_spec, spec_from_config
@@ -84,6 +84,8 @@ def load_pretrained(
     param_dtype: str = "float32",
     num_layers_unfrozen: int = -1,
     remat: str = "none",
+    attention: str = "auto",
+    platform: str | None = None,
     shardings: Shardings | None = None,
     key: jax.Array | None = None,
 ) -> tuple[AnyNet, Params, Source]:
@@ -98,6 +100,8 @@ def load_pretrained(
         param_dtype: type of the params; float32 for anything that is trained.
         num_layers_unfrozen: upper layers that are trained; -1 trains everything.
         remat: name of the rematerialisation policy.
+        attention: the kernel, as `models.attend.named` gives it.
+        platform: that of the devices (`models.axes.platform`); None: of this process's.
         shardings: (net, abstract params) -> tree of shardings; one device when None.
         key: randomness for new heads.
 
@@ -107,6 +111,7 @@ def load_pretrained(
     Raises:
         MissingFileError: no such path or hub id.
         UnsupportedModelError: an architecture or flag that is not implemented.
+        ConfigError: the kernel does not run on the platform, or not this model.
         MissingWeightError: one error that lists every missing, unexpected and misshapen tensor.
     """
     checkpoint = open_checkpoint(hub.resolve(name_or_path))
@@ -117,6 +122,7 @@ def load_pretrained(
         trunk_layers=_trunk_layers(num_layers_unfrozen, spec.num_hidden_layers),
         num_labels=spec.num_labels if num_labels is None else num_labels,
     )
+    spec = attend.choose_for(spec, attention, platform)
     net = net_of(spec)
     names = match(checkpoint, spec)
     abstract = net.abstract()
