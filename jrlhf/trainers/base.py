@@ -17,6 +17,7 @@ import jax
 from jrlhf.errors import ConfigError
 from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
+from jrlhf.models.moe import balancing_coefficient
 from jrlhf.rollout.score import Actor
 from jrlhf.sharding.place import params_shardings, put_batch
 from jrlhf.train.callbacks import TrainerState
@@ -82,6 +83,7 @@ class Trainer:
         entropy: bool = False,
         value_model: Model | None = None,
         dropout: bool = True,
+        router_aux_loss_coef: float | None = 0.0,
     ) -> None:
         """Joins the parts into a loop.
 
@@ -96,6 +98,7 @@ class Trainer:
             entropy: also log the entropy.
             value_model: a separate value model, trained with the policy.
             dropout: whether a training step drops inputs of adapters, as they ask for.
+            router_aux_loss_coef: weight of a router's load-balancing loss; None: the model's own.
         """
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps = total_steps
@@ -105,7 +108,9 @@ class Trainer:
         self._tx, schedule = make_optimizer(self.args, total_steps, axes=axes)
         placed = self._trees(lambda model: _placed(model, mesh))
         self._shardings = state_shardings(self._tx, trainable, placed)
-        loss = functools.partial(actor.loss, self.args, entropy=entropy)
+        balance = balancing_coefficient(self.model.net.spec, router_aux_loss_coef)
+        loss = functools.partial(actor.loss, self.args, entropy=entropy, balance=balance)
+        self._loss = loss
         step = make_step(
             loss,
             self._tx,
