@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 # No TPU's metadata server is asked, and the process itself computes on the CPU.
@@ -179,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--only", help="a part of a model's name")
-    parser.add_argument("--output", type=str, help="JSON file (default: benchmarks/results/)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")
     options = parser.parse_args()
     rows = []
     for program in QUICK if options.quick else PROGRAMS:

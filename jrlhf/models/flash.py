@@ -50,10 +50,10 @@ def cudnn(
         implementation: "xla" is the same call without cuDNN, to see what is asked of it.
     """
     length = q.shape[1]
+    # jax differentiates even lengths only. Nobody reads what comes after all tokens.
+    q, k, v = (_padded(x, 2, 1) for x in (q, k, v))
     mask = None
     if segments is not None:
-        # With a mask cuDNN differentiates even lengths only.
-        q, k, v = (_padded(x, 2, 1) for x in (q, k, v))
         segments = _padded(segments, 2, 1)
         mask = (segments[:, :, None] == segments[:, None, :])[:, None]
     out = jax.nn.dot_product_attention(

@@ -163,8 +163,9 @@ def router_is_balanced(bench: Bench, face: str) -> None:
 
     What it does to a loss is shown in tests/trainers/test_router_loss.py.
     """
-    experts = {"model_type": "mixtral", "num_local_experts": 2, "router_aux_loss_coef": 0.25}
-    model = AutoModelForCausalLM.from_config({**CONFIG, **experts}, tokenizer=bench.tokenizer)
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}
+    config = {**CONFIG, **experts, "router_aux_loss_coef": 0.25}
+    model = AutoModelForCausalLM.from_config(config, tokenizer=bench.tokenizer)
     mesh = make_mesh("data=1", devices=jax.devices()[:1])
 
     def weight(**fields: Any) -> float:

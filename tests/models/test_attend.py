@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jrlhf.errors import ConfigError
-from jrlhf.models import flash
+from jrlhf.models import axes, flash
 from jrlhf.models.attend import ALIASES, NO_WINDOW, How, attend, choose, choose_for, named
 from jrlhf.models.attention import Scoring
 from jrlhf.models.build import Net
@@ -225,6 +227,38 @@ def test_what_cudnn_is_asked_for_is_the_plain_formula(name):
 
     wanted = expected((q, k, v), g, segments, case)
     agree(both(ours, (q, k, v), g), wanted, forward=2e-6, backward=5e-6)
+
+
+class Cuda:
+    """One GPU, which the test does not have (`axes.Shards`)."""
+
+    platform = "cuda"
+
+    def cuts(self, axis, size):
+        return 1
+
+    def map(self, function, inputs):
+        return function
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_models_gradient_lowers_to_cudnns_calls(packed, monkeypatch):
+    # Lowered for CUDA, not run. jax asks the installed cuDNN for its version; there is none here.
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
+    net = Net(SPEC.replace(attention_softcap=None, dtype="bfloat16", remat="none"))
+    ids = jax.ShapeDtypeStruct((2, 13), jnp.int32)  # odd: cuDNN's gradient wants even lengths
+
+    def loss(params, ids, segments):
+        with axes.resolve_with(None, Cuda()):
+            return jnp.sum(net.hidden(params, ids, segments=segments).astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(loss)).trace(net.abstract(), ids, ids if packed else None)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # One call for each of the model's three windows, forward and backward.
+    kind = "ScaleBiasSoftmax" if packed else "Softmax"
+    assert len(set(re.findall(rf"@__cudnn\$fmha{kind}\(.*", text))) == 3
+    assert len(set(re.findall(rf"@__cudnn\$fmha{kind}Backward\(.*", text))) == 3
 
 
 @pytest.mark.parametrize("size", [9, 20, NO_WINDOW])
