@@ -219,6 +219,8 @@ def attend(
     if window is None or len(how.windows) == 1:
         return run(how.windows[-1])()
     # A kernel's mask is static, a layer's window is not: one kernel per size that the model has.
+    if not isinstance(window, jax.Array):  # a layer that stands alone
+        return run(how.windows[int(np.searchsorted(how.windows, window))])()
     which = jnp.searchsorted(jnp.asarray(how.windows), window)
     return jax.lax.switch(which, [run(size) for size in how.windows])
 
