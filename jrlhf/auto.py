@@ -19,6 +19,8 @@ from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.model import Model as Model
 from jrlhf.model import ModelOutput as ModelOutput
 from jrlhf.models import hub
+from jrlhf.models.attend import choose_for, named
+from jrlhf.models.axes import platform_of
 from jrlhf.models.build import Params, linear_maps
 from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.families import spec_from_config
@@ -33,12 +35,11 @@ _ELSEWHERE = {
     "device_map": "give mesh={'fsdp': 4} instead",
     "trust_remote_code": "jrlhf never runs code from a checkpoint",
     "quantization_config": "give load_in_8bit=True (int8) or load_in_4bit=True (nf4)",
-    "attn_implementation": "the attention kernel follows the platform",
 }
 
 
 _OPTIONS = ("dtype", "mesh", "num_layers_unfrozen", "remat", "seed", "param_dtype",
-            "load_in_8bit", "load_in_4bit")  # fmt: skip
+            "load_in_8bit", "load_in_4bit", "attn_implementation")  # fmt: skip
 
 
 class _Auto:
@@ -74,7 +75,9 @@ class _Auto:
             seed: of heads that the checkpoint does not have.
             param_dtype: type in which the weights are kept; bfloat16 is for what is not trained.
             **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`;
-                `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter.
+                `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter;
+                `attn_implementation`: "auto" (the platform's kernel), "xla", "cudnn", "splash", or
+                transformers' names.
 
         An adapter's directory gives a `jrlhf.peft.PeftModel`: the base that it names, adapted.
 
@@ -82,7 +85,7 @@ class _Auto:
             MissingFileError, UnsupportedModelError, MissingWeightError, MeshError, ConfigError
         """
         dtype = _dtype(more.pop("torch_dtype", dtype))
-        kind = asked_for(more)
+        kind, attention = asked_for(more), named(more.pop("attn_implementation", None))
         choices = {**cls._choices, **{k: more.pop(k) for k in cls._extra if k in more}}
         for name in more:
             if name in _ELSEWHERE:
@@ -99,6 +102,8 @@ class _Auto:
             param_dtype=_dtype(param_dtype),
             num_layers_unfrozen=num_layers_unfrozen,
             remat=remat,
+            attention=attention,
+            platform=_platform(placed),
             shardings=None if placed is None else functools.partial(params_shardings, mesh=placed),
             key=jax.random.key(seed),
             **choices,
@@ -110,15 +115,21 @@ class _Auto:
 
     @classmethod
     def from_config(
-        cls, config: Any, *, seed: int = 0, mesh: Any = None, tokenizer: Any = None, **choices: Any
-    ) -> Model:
+        cls, config: Any, *, seed: int = 0, mesh: Any = None, tokenizer: Any = None,
+        attn_implementation: str | None = None, **choices: Any,
+    ) -> Model:  # fmt: skip
         """A model with random weights from a transformers config or a config.json's dict."""
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        net = net_of(spec_from_config(values, **{**cls._choices, **choices}))
         placed = as_mesh(mesh)
+        spec = spec_from_config(values, **{**cls._choices, **choices})
+        net = net_of(choose_for(spec, named(attn_implementation), _platform(placed)))
         shardings = None if placed is None else params_shardings(net, net.abstract(), placed)
         params = jax.jit(net.init, out_shardings=shardings)(jax.random.key(seed))
         return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
+
+
+def _platform(mesh: jax.sharding.Mesh | None) -> str | None:
+    return None if mesh is None else platform_of(mesh.devices.flat[0])
 
 
 def _layout(net: AnyNet, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:

@@ -56,14 +56,60 @@ class Min(NamedTuple):
         return self.smallest
 
 
-Metric = Mean | Max | Min
+class Routing(NamedTuple):
+    """Where tokens went among a model's experts, as sums over (token, layer) pairs.
+
+    What is wanted of it is the load-balancing loss, x · Σ (counts / weight)(probs / weight): a
+    product of two means, so no sum of what it is in parts of a batch. The sums are what merges.
+
+    Attributes:
+        counts: pairs that visited each expert [x]; they have no gradient.
+        probs: the router's probability of each expert, summed over the same pairs [x].
+        weight: how many pairs there were.
+    """
+
+    counts: Array
+    probs: Array
+    weight: Array
+
+    def merge(self, other: Routing) -> Routing:
+        return Routing(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def value(self) -> Array:
+        """The load-balancing loss; even routing gives k, experts per token, the least there is."""
+        return self.share(self)
+
+    def share(self, whole: Routing) -> Array:
+        """What this part adds to the load-balancing loss of the whole that it is a part of.
+
+        The shares of all parts add up to the whole's value, and so do their gradients.
+        """
+        weight = jnp.maximum(whole.weight, 1.0)
+        visits = jax.lax.stop_gradient(whole.counts) / weight
+        return visits.shape[0] * jnp.sum(visits * (self.probs / weight))
+
+
+Metric = Mean | Max | Min | Routing
 
 
 class Loss(NamedTuple):
-    """What a loss returns: the objective to minimise and what to log, nothing divided."""
+    """What a loss returns: the objective to minimise and what to log, nothing divided.
+
+    Attributes:
+        objective: the algorithm's.
+        metrics: to be logged.
+        balance: of a model whose router shall be balanced: its load-balancing loss is added to the
+            objective's mean. Its probabilities are scaled by the coefficient.
+    """
 
     objective: Mean
     metrics: dict[str, Metric]
+    balance: Routing | None = None
+
+    def value(self) -> Array:
+        """The loss itself."""
+        mean = self.objective.value()
+        return mean if self.balance is None else mean + self.balance.value()
 
 
 class Outputs(NamedTuple):
@@ -79,6 +125,7 @@ class Outputs(NamedTuple):
         correct: 1.0 where the token is the most probable one, float32 [... n] or None.
         values: value estimates, float32 [... n] or None.
         scores: classifier score of the whole row, float32 [...] or None.
+        routing: where the real tokens went among the experts, or None.
     """
 
     logps: Array | None = None
@@ -86,3 +133,4 @@ class Outputs(NamedTuple):
     correct: Array | None = None
     values: Array | None = None
     scores: Array | None = None
+    routing: Routing | None = None

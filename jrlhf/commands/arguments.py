@@ -22,6 +22,7 @@ class ScriptArguments(AdapterArguments):
     Attributes:
         model_name_or_path: hub name, checkpoint directory or GGUF file of the model to train.
         dtype: type in which the model's weights are loaded.
+        attn_implementation: attention's kernel: auto (the platform's), xla, cudnn or splash.
         dataset_name: hub name, local file (.jsonl, .json, .parquet, .csv) or directory.
         dataset_config: configuration of a hub dataset.
         dataset_train_split: split to train on.
@@ -32,6 +33,7 @@ class ScriptArguments(AdapterArguments):
 
     model_name_or_path: str | None = None
     dtype: str = "float32"
+    attn_implementation: str | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_train_split: str = "train"

@@ -19,6 +19,8 @@ def arguments(argv: list[str], config_class: type, *more: type, verb: str) -> li
     if script.dataset_name is None:
         raise ConfigError(f"jrlhf {verb} needs --dataset_name.")
     asked = {"dtype": script.dtype} if script.dtype != "float32" else {}
+    if script.attn_implementation is not None:
+        asked["attn_implementation"] = script.attn_implementation
     if asked := {**asked, **loading(script)}:
         init = {**asked, **(config.model_init_kwargs or {})}
         config = dataclasses.replace(config, model_init_kwargs=init)

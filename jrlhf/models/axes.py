@@ -1,7 +1,7 @@
-"""Logical axis names, and the one hook through which activations get a layout.
+"""Logical axis names, and the hooks through which activations get a layout.
 
 A model says what an axis means; `sharding.rules` decides which mesh axis, if any, it is cut over,
-by installing a resolver. Without one, `constrain` is the identity.
+by installing a resolver. Without one, `constrain` is the identity, and `per_shard` too.
 """
 
 from __future__ import annotations
@@ -9,11 +9,28 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import jax
 
 Axes = tuple[str | None, ...]
 Resolver = Callable[[jax.Array, Axes], jax.Array]
+ArrayFunction = Callable[..., jax.Array]
+
+
+class Shards(Protocol):
+    """The devices that a program is for, as far as a kernel must know them."""
+
+    @property
+    def platform(self) -> str:
+        """As `platform_of`."""
+
+    def cuts(self, axis: str, size: int) -> int:
+        """Into how many parts an axis of this size is cut."""
+
+    def map(self, function: ArrayFunction, inputs: tuple[Axes, ...]) -> ArrayFunction:
+        """See `per_shard`."""
+
 
 # Of parameters. A stack of layers has "layers" in front. None: never cut.
 PARAMETER_AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp", "expert")
@@ -22,6 +39,10 @@ ACTIVATION_AXES = ("batch", "sequence", "heads", "kv_heads", "mlp")
 
 _resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
     "jrlhf_axes_resolver", default=None
+)
+
+_shards: contextvars.ContextVar[Shards | None] = contextvars.ContextVar(
+    "jrlhf_axes_shards", default=None
 )
 
 
@@ -33,11 +54,45 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return x if resolver is None else resolver(x, axes)
 
 
+def platform() -> str:
+    """What the program in the making is for: "cpu", "cuda", "rocm" or "tpu"."""
+    shards = _shards.get()
+    return platform_of(jax.local_devices()[0]) if shards is None else shards.platform
+
+
+def platform_of(device: jax.Device) -> str:
+    """ "cpu", "cuda", "rocm" or "tpu"."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version else "cuda"
+
+
+def cuts(axis: str, size: int) -> int:
+    """Into how many parts an axis of this name and size is cut; 1 without a mesh."""
+    shards = _shards.get()
+    return 1 if shards is None else shards.cuts(axis, size)
+
+
+def per_shard(function: ArrayFunction, *inputs: Axes) -> ArrayFunction:
+    """The function, run on every device on its own parts of the arguments.
+
+    For kernels that the compiler cannot cut by itself.
+
+    Args:
+        function: of arrays; what it does along an axis that is cut must not mix the parts. Its
+            result has the layout of its first argument.
+        *inputs: axis names of each argument. An axis named None is whole on every device.
+    """
+    shards = _shards.get()
+    return function if shards is None else shards.map(function, inputs)
+
+
 @contextlib.contextmanager
-def resolve_with(resolver: Resolver | None) -> Iterator[None]:
-    """Installs the resolver for the duration of a block (while functions are traced)."""
-    token = _resolver.set(resolver)
+def resolve_with(resolver: Resolver | None, shards: Shards | None = None) -> Iterator[None]:
+    """Installs the hooks for the duration of a block (while functions are traced)."""
+    tokens = _resolver.set(resolver), _shards.set(shards)
     try:
         yield
     finally:
-        _resolver.reset(token)
+        _resolver.reset(tokens[0])
+        _shards.reset(tokens[1])

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jrlhf.errors import ModelError
-from jrlhf.models.axes import Axes
+from jrlhf.models.axes import Axes, platform
 from jrlhf.models.cache import Cache
 from jrlhf.models.decoder import Context, Decoder
 from jrlhf.models.encoder_spec import AnySpec
@@ -38,7 +38,7 @@ from jrlhf.models.quantize import is_quantized
 from jrlhf.models.rope import Rotation, document_lengths, rotation
 from jrlhf.models.spec import DecoderSpec, RopeSpec
 from jrlhf.ops.logps import head_logits
-from jrlhf.ops.turned import Turned, pays
+from jrlhf.ops.turned import Turned
 
 Params = dict[str, Any]
 
@@ -201,8 +201,10 @@ class Net:
         segments: Int[Array, "b s"] | None = None,
         positions: Int[Array, "b s"] | None = None,
         lengths: Int[Array, " b"] | None = None,
+        trunk: Float[Array, "b s d"] | None = None,
+        dropout: UInt32[Array, "b 2"] | None = None,
     ) -> tuple[Float[Array, "b s d"], Routing]:
-        """`hidden` of a model with experts, and where its real tokens went, summed over layers.
+        """`hidden` of a model with experts, and where real tokens went, summed over trained layers.
 
         `moe.balancing_loss` of the routing is transformers' auxiliary loss. Its arguments are those
         of `hidden`; tokens are real where `segments` is not 0, else before `lengths`, else all.
@@ -215,7 +217,8 @@ class Net:
         elif lengths is not None:
             real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
         context = self._context(ids, segments, positions, lengths)._replace(real=real)
-        hidden, routing = self._module(params).hidden(ids, context)
+        with dropping(dropout):
+            hidden, routing = self._module(params).hidden(ids, context, trunk)
         assert routing is not None
         return hidden, routing
 
@@ -338,7 +341,7 @@ class Net:
                     jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(count)
                 ]
         cast["layers"] = layers
-        turned = _linears(self.spec) if pays() else {}
+        turned = _linears(self.spec) if platform() == "cpu" else {}
 
         def lower(path: tuple[Any, ...], leaf: Any) -> Any:
             if is_quantized(leaf):

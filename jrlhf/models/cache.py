@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from jrlhf.models.axes import platform
 
 
 class LayerCache(NamedTuple):
@@ -52,7 +53,7 @@ def filled(
     rest = (0, size - k.shape[1])
     k, v = k.transpose(0, 2, 3, 1).astype(dtype), v.swapaxes(1, 2).astype(dtype)
     # XLA's CPU backend updates no bfloat16 array in place: each token would copy the whole cache.
-    held = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    held = jnp.float32 if platform() == "cpu" else dtype
     return LayerCache(
         jnp.pad(k.astype(held), ((0, 0), (0, 0), (0, 0), rest)),
         jnp.pad(v.astype(held), ((0, 0), (0, 0), rest, (0, 0))),

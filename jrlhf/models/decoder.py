@@ -16,7 +16,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jrlhf.models.attention import Scoring, attend_cache, attend_causal
+from jrlhf.models.attend import How, attend
+from jrlhf.models.attention import attend_cache
 from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.cache import Cache, LayerCache, filled
 from jrlhf.models.heads import CausalHead, Readout
@@ -107,7 +108,7 @@ class Attention(nnx.Module):
             )
 
         self.dtype, self.interleaved = spec.dtype, spec.rope_interleaved
-        self.scoring = Scoring(spec.attention_scale, spec.attention_softcap)
+        self.how = How.of(spec)
         self.q = linear((d,), (h, e), ("embed", "heads", None), spec.attention_bias)
         self.k = linear((d,), (k, e), ("embed", "kv_heads", None), spec.attention_bias)
         self.v = linear((d,), (k, e), ("embed", "kv_heads", None), spec.attention_bias)
@@ -138,9 +139,7 @@ class Attention(nnx.Module):
         sinks = self.sinks[...] if self.has_sinks else None
         memory: KeyValue | LayerCache = (k, v)
         if cache is None:
-            out = attend_causal(
-                q, k, v, context.segments, flags.window, sinks, self.dtype, self.scoring
-            )
+            out = attend(q, k, v, context.segments, flags.window, sinks, how=self.how)
         else:
             assert context.slot is not None
             assert context.valid is not None
@@ -149,7 +148,7 @@ class Attention(nnx.Module):
             if flags.window is not None:
                 valid = valid & (context.behind < flags.window)
             out = attend_cache(
-                q, cache.k, cache.v, valid, sinks, dtype=self.dtype, scoring=self.scoring
+                q, cache.k, cache.v, valid, sinks, dtype=self.dtype, scoring=self.how.scoring
             )
         return self.o(out), memory
 
@@ -279,20 +278,16 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Routing | None]:
         """Hidden states after the final norm, in the compute dtype; and the routing if asked.
 
-        With `trunk` (of `below`) the frozen layers are not run, nor their routing counted.
+        With `trunk` (of `below`) the frozen layers are not run; their routing is never counted.
         """
-        x, below = (trunk, None) if trunk is not None else self._below(ids, context)
-        x, _, above = self._run(x, context, ("layers",), remat=self.spec.remat, keep=False)
-        return self.norm(x), _total([below, above])
+        x = self.below(ids, context) if trunk is None else trunk
+        x, _, routing = self._run(x, context, ("layers",), remat=self.spec.remat, keep=False)
+        return self.norm(x), routing
 
     def below(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
         """The residual stream where the frozen trunk ends: the embeddings if there is none."""
-        return self._below(ids, context)[0]
-
-    def _below(self, ids: Int[Array, "b s"], context: Context) -> tuple[Array, Routing | None]:
         x = self._embed(ids, context)
-        x, _, routing = self._run(x, context, ("trunk",), remat="none", keep=False)
-        return x, routing
+        return self._run(x, context, ("trunk",), remat="none", keep=False)[0]
 
     def prefill(
         self, ids: Int[Array, "b s"], context: Context, *, cache_size: int

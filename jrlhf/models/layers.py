@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from jrlhf.models.axes import Axes, constrain
+from jrlhf.models.axes import Axes, constrain, platform
 from jrlhf.models.spec import DecoderSpec
 from jrlhf.ops.turned import Turned
 
@@ -111,7 +111,7 @@ def weight_gradient(x: Array, g: Array, rows: int) -> Array:
 
 
 def _bfloat16_on_cpu(x: Array) -> bool:
-    return x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return x.dtype == jnp.bfloat16 and platform() == "cpu"
 
 
 def _contract_rows(x: Array, g: Array, rows: int) -> Array:

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from jrlhf.errors import ConfigError, ModelError
-from jrlhf.models import hub
+from jrlhf.models import attend, hub
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
+from jrlhf.models.encoder_spec import AnySpec
 from jrlhf.models.families import Weight, config_from_spec, spec_from_config
 from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
@@ -84,6 +85,8 @@ def load_pretrained(
     param_dtype: str = "float32",
     num_layers_unfrozen: int = -1,
     remat: str = "none",
+    attention: str = "auto",
+    platform: str | None = None,
     shardings: Shardings | None = None,
     key: jax.Array | None = None,
 ) -> tuple[AnyNet, Params, Source]:
@@ -98,6 +101,8 @@ def load_pretrained(
         param_dtype: type of the params; float32 for anything that is trained.
         num_layers_unfrozen: upper layers that are trained; -1 trains everything.
         remat: name of the rematerialisation policy.
+        attention: the kernel, as `models.attend.named` gives it.
+        platform: that of the devices (`models.axes.platform`); None: of this process's.
         shardings: (net, abstract params) -> tree of shardings; one device when None.
         key: randomness for new heads.
 
@@ -107,6 +112,7 @@ def load_pretrained(
     Raises:
         MissingFileError: no such path or hub id.
         UnsupportedModelError: an architecture or flag that is not implemented.
+        ConfigError: the kernel does not run on the platform, or not this model.
         MissingWeightError: one error that lists every missing, unexpected and misshapen tensor.
     """
     checkpoint = open_checkpoint(hub.resolve(name_or_path))
@@ -117,22 +123,36 @@ def load_pretrained(
         trunk_layers=_trunk_layers(num_layers_unfrozen, spec.num_hidden_layers),
         num_labels=spec.num_labels if num_labels is None else num_labels,
     )
+    spec = attend.choose_for(spec, attention, platform)
     net = net_of(spec)
     names = match(checkpoint, spec)
     abstract = net.abstract()
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
     leaves = flatten(placed)
+    filled = _fill_all(flatten(abstract), leaves, checkpoint, spec, names, param_dtype)
+    new = [path for path in leaves if path not in filled]
+    filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
+    return net, nest(filled), Source.of(checkpoint)
+
+
+def _fill_all(
+    abstract: Mapping[Keys, Any],
+    shardings: Mapping[Keys, jax.sharding.Sharding],
+    checkpoint: Checkpoint,
+    spec: AnySpec,
+    names: Mapping[str, str],
+    dtype: str,
+) -> dict[Keys, jax.Array]:
+    """Every leaf that the checkpoint has; `names` are its tensors by our names for them."""
     filled: dict[Keys, jax.Array] = {}
-    for path, leaf in flatten(abstract).items():
+    for path, leaf in abstract.items():
         places = {
             at: (row, names[name]) for row, name, at in places_of(spec, path) if name in names
         }
         if places or leaf.size == 0:
-            filled[path] = _fill(leaf.shape, leaves[path], checkpoint, places, param_dtype)
-    new = [path for path in leaves if path not in filled]
-    filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
-    return net, nest(filled), Source.of(checkpoint)
+            filled[path] = _fill(leaf.shape, shardings[path], checkpoint, places, dtype)
+    return filled
 
 
 def _trunk_layers(unfrozen: int, layers: int) -> int:

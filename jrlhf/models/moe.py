@@ -10,42 +10,52 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jrlhf.errors import ConfigError
 from jrlhf.models.axes import Axes
+from jrlhf.models.encoder_spec import AnySpec
 from jrlhf.models.layers import ACTIVATIONS, Keys, Shape, constant, normal
 from jrlhf.models.spec import DecoderSpec, MoeSpec
-
-
-class Routing(NamedTuple):
-    """Where tokens went, as sums: micro-batches, shards and layers merge by addition.
-
-    Attributes:
-        counts: (token, layer) pairs that visited each expert; has no gradient.
-        probs: the router's probability of each expert, summed over the same pairs.
-        weight: how many pairs there were.
-    """
-
-    counts: Float[Array, " x"]
-    probs: Float[Array, " x"]
-    weight: Float[Array, ""]
+from jrlhf.types import Routing as Routing
 
 
 def balancing_loss(routing: Routing) -> Float[Array, ""]:
-    """The load-balancing loss: x · Σ (share of visits) · (mean probability); even routing gives k.
+    """The load-balancing loss, as transformers' `load_balancing_loss_func`.
 
-    As transformers' `load_balancing_loss_func`. It is a product of two means, so it is taken once,
-    of sums over everything that shall be balanced together.
+    It is a product of two means, so it is taken once, of sums over everything that shall be
+    balanced together.
     """
-    weight = jnp.maximum(routing.weight, 1.0)
-    counts = lax.stop_gradient(routing.counts)
-    return counts.shape[0] * jnp.sum(counts / weight * (routing.probs / weight))
+    return routing.value()
+
+
+def balancing_coefficient(spec: AnySpec, asked: float | None) -> float:
+    """The weight of the load-balancing loss in training; 0 is off.
+
+    Args:
+        spec: the model.
+        asked: a config's `router_aux_loss_coef`; None: the model's own.
+
+    Raises:
+        ConfigError: a weight was asked for and the model has no experts.
+    """
+    if asked is not None and asked < 0:
+        raise ConfigError(f"router_aux_loss_coef={asked} must not be negative; 0 turns it off.")
+    moe = spec.moe if isinstance(spec, DecoderSpec) else None
+    if moe is None:
+        if asked:
+            raise ConfigError(
+                f"router_aux_loss_coef={asked} balances the experts of a model, and a "
+                f"{spec.model_type} model has none: leave it out."
+            )
+        return 0.0
+    # Frozen layers route as they do; there is nothing to balance without trained ones.
+    trained = isinstance(spec, DecoderSpec) and spec.trainable_layers > 0
+    return (moe.router_aux_loss_coef if asked is None else asked) if trained else 0.0
 
 
 class ExpertMap(nnx.Module):

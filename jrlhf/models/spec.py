@@ -22,6 +22,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("causal", "classifier", "tokens")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash", "splash_interpret")
 
 
 def _known(field: str, value: str, names: tuple[str, ...]) -> None:
@@ -93,6 +94,7 @@ class MoeSpec:
         clamp: gpt-oss's gate: clamp(gate) * sigmoid(alpha * clamp(gate)) * (clamp(up) + 1) with
             clamps at this value; None is the gated MLP of `hidden_act`.
         alpha: acts with `clamp`.
+        router_aux_loss_coef: weight of the load-balancing loss in training.
     """
 
     num_experts: int
@@ -102,6 +104,7 @@ class MoeSpec:
     expert_bias: bool = False
     clamp: float | None = None
     alpha: float = 1.702
+    router_aux_loss_coef: float = 0.001
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
@@ -150,6 +153,7 @@ class DecoderSpec:
         remat: what the backward pass recomputes: "none" keeps everything, "full" only the layer
             inputs, "dots" also the results of weight matmuls, "attention" also q, k, v and the
             attention output.
+        attention: the kernel, one of `ATTENTIONS`; see `models/attend.py`.
     """
 
     model_type: str = "llama"
@@ -197,6 +201,7 @@ class DecoderSpec:
     trunk_layers: int = 0
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         _known("norm", self.norm, NORMS)
@@ -208,6 +213,7 @@ class DecoderSpec:
         _known("head", self.head, HEADS)
         _known("dtype", self.dtype, DTYPES)
         _known("remat", self.remat, REMAT_POLICIES)
+        _known("attn_implementation", self.attention, ATTENTIONS)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UnsupportedModelError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

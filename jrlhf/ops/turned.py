@@ -66,8 +66,3 @@ class Turned:
         # The barrier keeps XLA from swapping the operands to make this small transpose for free.
         y = lax.optimization_barrier(y)
         return y.transpose(*range(outputs, y.ndim), *range(outputs))
-
-
-def pays() -> bool:
-    """Elsewhere dots read a weight in either layout at the same speed."""
-    return jax.default_backend() == "cpu"

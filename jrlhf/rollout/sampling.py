@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jrlhf.errors import ConfigError
+from jrlhf.models.axes import platform
 from jrlhf.models.build import Net
 from jrlhf.ops import sampling as ops
 from jrlhf.ops.logps import head_logits
-from jrlhf.ops.turned import Turned, pays
+from jrlhf.ops.turned import Turned
 from jrlhf.rollout.devices import active
 from jrlhf.types import PyTree
 
@@ -142,7 +143,7 @@ def _sample(
         spread = jax.tree.map(lambda x: jnp.repeat(x, r // b, axis=0), per_prompt)
         last_hidden, cache, lengths, prompt_ids, prompt_lengths = spread
     light = net.unstack(params)
-    head = Turned.of(net.head(light), 1) if pays() else net.head(light)
+    head = Turned.of(net.head(light), 1) if platform() == "cpu" else net.head(light)
 
     in_prompt = jnp.arange(p)[None, :] < prompt_lengths[:, None]
     steps = jnp.arange(p + n)[None, :]

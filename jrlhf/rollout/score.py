@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jrlhf.models.build import Net, combine
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.ops.logps import token_logps
-from jrlhf.types import Batch, Loss, Outputs, PyTree
+from jrlhf.types import Batch, Loss, Outputs, PyTree, Routing
 
 
 def outputs(
@@ -30,6 +30,7 @@ def outputs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    routing: bool = False,
     value_net: Net | None = None,
     value_params: PyTree = None,
 ) -> Outputs:
@@ -45,6 +46,7 @@ def outputs(
             `dropout [b 2]`. Leading axes (pairs) are flattened into rows and restored.
         temperature: divides the logits, as in the sampler.
         entropy: also returns the entropy of each token's distribution.
+        routing: also counts where the real tokens go, in a model with experts.
         value_net, value_params: a separate value model; without it `net`'s own value head speaks.
 
     Returns:
@@ -52,7 +54,7 @@ def outputs(
         Everything that is not a scored token is exactly 0.
     """
     lead, rows = _rows(batch)
-    hidden = _hidden(net, params, rows, trunk=rows.get("trunk"))
+    hidden, visits = _routed(net, params, rows, wanted=routing)
     if isinstance(net, EncoderNet) or net.spec.head == "classifier":
         scores = net.scores(params, hidden, rows["lengths"])
         labels = scores.shape[-1:] if scores.shape[-1] > 1 else ()
@@ -60,13 +62,10 @@ def outputs(
 
     real = _scored(rows)
     hidden = _states(hidden, rows)
-    targets = rows["ids"]
-    if "slots" in rows:
-        targets = jnp.take_along_axis(targets, rows["slots"], axis=1)
     logps, spread, correct = token_logps(
         net.head_states(hidden.reshape(-1, hidden.shape[-1])),
         net.head(params),
-        targets.reshape(-1),
+        _targets(rows).reshape(-1),
         temperature=temperature,
         softcap=net.spec.final_softcap,
         entropy=entropy,
@@ -81,7 +80,8 @@ def outputs(
             return None
         return jnp.where(real, x.reshape(real.shape), 0.0).reshape(lead + real.shape[1:])
 
-    return Outputs(*(shaped(x) for x in (logps, spread if entropy else None, correct, values)))
+    found = Outputs(logps, spread if entropy else None, correct, values)
+    return Outputs(*(shaped(x) for x in found[:4]))._replace(routing=visits)  # type: ignore[arg-type]
 
 
 def _rows(batch: Batch) -> tuple[tuple[int, ...], dict[str, Array]]:
@@ -121,6 +121,23 @@ def _hidden(
         positions=rows.get("positions"),
         **given,
     )
+
+
+def _routed(
+    net: AnyNet, params: PyTree, rows: dict[str, Array], *, wanted: bool
+) -> tuple[Float[Array, "b s d"], Routing | None]:
+    """Hidden states, and where the tokens went if that is wanted."""
+    if not wanted:
+        return _hidden(net, params, rows, trunk=rows.get("trunk")), None
+    assert isinstance(net, Net)
+    names = ("lengths", "segments", "positions", "trunk", "dropout")
+    return net.hidden_and_routing(params, rows["ids"], **{name: rows.get(name) for name in names})
+
+
+def _targets(rows: dict[str, Array]) -> Int[Array, "b n"]:
+    """The tokens to score."""
+    ids = rows["ids"]
+    return jnp.take_along_axis(ids, rows["slots"], axis=1) if "slots" in rows else ids
 
 
 def _scored(rows: dict[str, Array]) -> Bool[Array, "b n"]:
@@ -174,7 +191,13 @@ class Actor:
         return combine(trainable["policy"], frozen["policy"])
 
     def outputs(
-        self, trainable: PyTree, frozen: PyTree, batch: Batch, *, entropy: bool = False
+        self,
+        trainable: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        *,
+        entropy: bool = False,
+        routing: bool = False,
     ) -> Outputs:
         """`outputs` under the policy's temperature, with values from wherever they come."""
         value: dict[str, Any] = {}
@@ -185,7 +208,13 @@ class Actor:
             }
         params = self.policy(trainable, frozen)
         return outputs(
-            self.net, params, batch, temperature=self.temperature, entropy=entropy, **value
+            self.net,
+            params,
+            batch,
+            temperature=self.temperature,
+            entropy=entropy,
+            routing=routing,
+            **value,
         )
 
     def loss(
@@ -196,15 +225,23 @@ class Actor:
         batch: Batch,
         *,
         entropy: bool = False,
+        balance: float = 0.0,
     ) -> Loss:
         """The algorithm's loss of this actor: what the training step differentiates.
+
+        With `balance`, the weight of the router's load-balancing loss, that is in it as well, over
+        all real tokens, and in the metrics as `aux_loss` (without the weight).
 
         Where the batch says `fresh` (a scalar, 1.0 for the first update of a rollout) the
         parameters are those that sampled it, so the log-probs computed here are the old ones.
         """
-        out = self.outputs(trainable, frozen, batch, entropy=entropy)
+        out = self.outputs(trainable, frozen, batch, entropy=entropy, routing=balance > 0)
         if "fresh" in batch and "old_logps" in batch and out.logps is not None:
             own = jax.lax.stop_gradient(out.logps)
             old = jnp.where(batch["fresh"] > 0, own, batch["old_logps"])
             batch = {**batch, "old_logps": old}
-        return algorithm.loss(out, batch)
+        loss = algorithm.loss(out, batch)
+        if out.routing is None:
+            return loss
+        scaled = out.routing._replace(probs=balance * out.routing.probs)
+        return Loss(loss.objective, {**loss.metrics, "aux_loss": out.routing}, scaled)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jrlhf.errors import MeshError, suggest
-from jrlhf.models.axes import Axes, resolve_with
+from jrlhf.models.axes import ArrayFunction, Axes, platform_of, resolve_with
 from jrlhf.sharding.mesh import AXES, BATCH_AXES
 
 
@@ -98,6 +98,41 @@ def _dividing(axes: list[str], size: int, mesh: Mesh) -> list[str]:
     return axes
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshShards:
+    """A mesh, as far as a kernel must know it (`models.axes.Shards`)."""
+
+    mesh: Mesh
+    rules: Rules = DEFAULT
+
+    @property
+    def platform(self) -> str:
+        """As `models.axes.platform_of`; also of a topology, of which no device is here."""
+        return platform_of(self.mesh.devices.flat[0])
+
+    def cuts(self, axis: str, size: int) -> int:
+        """Into how many parts an axis of this name and size is cut."""
+        wanted = [name for name in self.rules.of(axis) if self.mesh.shape[name] > 1]
+        return math.prod(self.mesh.shape[name] for name in _dividing(wanted, size, self.mesh))
+
+    def map(self, function: ArrayFunction, inputs: tuple[Axes, ...]) -> ArrayFunction:
+        """`function` on every device's parts; see `models.axes.per_shard`."""
+        if self.mesh.size == 1:
+            return function
+
+        def run(*arrays: jax.Array) -> jax.Array:
+            specs = tuple(
+                spec_for(axes, x.shape, self.mesh, self.rules)
+                for axes, x in zip(inputs, arrays, strict=True)
+            )
+            cut = jax.shard_map(
+                function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+            )
+            return cut(*arrays)
+
+        return run
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh | None, rules: Rules = DEFAULT) -> Iterator[None]:
     """Gives `models.axes.constrain` its meaning while functions are traced in this block.
@@ -105,8 +140,13 @@ def activate(mesh: Mesh | None, rules: Rules = DEFAULT) -> Iterator[None]:
     A jitted function keeps what it was traced under: put the block inside the function. With mesh
     None, or one device, constraints mean nothing.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh is None:
         with resolve_with(None):
+            yield
+        return
+    shards = MeshShards(mesh, rules)
+    if mesh.size == 1:
+        with resolve_with(None, shards):
             yield
         return
 
@@ -114,5 +154,5 @@ def activate(mesh: Mesh | None, rules: Rules = DEFAULT) -> Iterator[None]:
         sharding = NamedSharding(mesh, spec_for(axes, x.shape, mesh, rules))
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    with resolve_with(resolver):
+    with resolve_with(resolver, shards):
         yield

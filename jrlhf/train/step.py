@@ -15,7 +15,7 @@ from jrlhf.sharding.mesh import check_batch
 from jrlhf.sharding.place import batch_sharding, replicated
 from jrlhf.sharding.rules import DEFAULT, Rules, activate
 from jrlhf.train.state import TrainState
-from jrlhf.types import Batch, Loss, Max, Mean, Metric, Min, PyTree
+from jrlhf.types import Batch, Loss, Max, Mean, Metric, Min, PyTree, Routing
 
 LossFn = Callable[[PyTree, PyTree, Batch], Loss]
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
@@ -37,9 +37,9 @@ def make_step(
     """Compiles (on first use) state, frozen, batch -> state, metrics.
 
     The gradient is that of sum(totals) / sum(weights) over the whole batch, so it does not depend
-    on how the batch is cut into micro-batches or over devices. Where it is not finite, or the
-    weights are all 0, the update is left out: params and optimizer state stay as they are, bit by
-    bit, `skipped` counts one more, and the schedule does not move on.
+    on how the batch is cut into micro-batches or over devices; nor does that of a router's load
+    balance (`_count`). Where it is not finite, or the weights are all 0, the update is left out:
+    params and optimizer state stay the same bits, `skipped` counts one more, the schedule waits.
 
     Args:
         loss: of (trainable params, frozen params, batch); totals and weights, nothing divided.
@@ -71,7 +71,7 @@ def make_step(
             micro = _split(batch, accumulate, mesh)
             gradient, sums = _accumulate(loss, state.params, frozen, micro)
         new, norm = _update(tx, state, gradient, sums.objective, max_grad_norm)
-        metrics = {"loss": sums.objective.value(), **_values(sums.metrics)}
+        metrics = {"loss": sums.value(), **_values(sums.metrics)}
         metrics |= {"grad_norm": norm, "skipped_steps": new.skipped}
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step - state.skipped)
@@ -136,7 +136,7 @@ def make_evaluation(
             total = one if total is None else merge(total, one)
         if total is None:
             return {}
-        values = {"loss": total.objective.value(), **_values(total.metrics)}
+        values = {"loss": total.value(), **_values(total.metrics)}
         return {name: float(x) for name, x in jax.device_get(values).items()}
 
     return evaluate
@@ -147,22 +147,50 @@ def _accumulate(
 ) -> tuple[PyTree, Loss]:
     """Sums of gradients, totals and weights over the micro-batches."""
 
-    def total(params: PyTree, batch: Batch) -> tuple[Float[Array, ""], Loss]:
+    def total(params: PyTree, batch: Batch, whole: Loss | None) -> tuple[Float[Array, ""], Loss]:
         out = loss(params, frozen, batch)
-        return out.objective.total, out
+        return _share(out, out if whole is None else whole), out
 
     differentiate = jax.grad(total, has_aux=True)
     if isinstance(micro, list):
-        return differentiate(params, micro[0])
-
-    def body(sums: tuple[PyTree, Loss], batch: Batch) -> tuple[tuple[PyTree, Loss], None]:
-        gradient, out = differentiate(params, batch)
-        return (jax.tree.map(jnp.add, sums[0], gradient), _merge(sums[1], out)), None
+        return differentiate(params, micro[0], None)
 
     first = jax.tree.map(lambda x: x[0], micro)
-    shape = jax.eval_shape(loss, params, frozen, first)
-    start = (jax.tree.map(jnp.zeros_like, params), _nothing(shape))
+    nothing = _nothing(jax.eval_shape(loss, params, frozen, first))
+    whole = None
+    if nothing.balance is not None:
+        whole = _count(loss, params, frozen, micro, nothing._replace(metrics={}))
+
+    def body(sums: tuple[PyTree, Loss], batch: Batch) -> tuple[tuple[PyTree, Loss], None]:
+        gradient, out = differentiate(params, batch, whole)
+        return (jax.tree.map(jnp.add, sums[0], gradient), _merge(sums[1], out)), None
+
+    start = (jax.tree.map(jnp.zeros_like, params), nothing)
     return jax.lax.scan(body, start, micro)[0]
+
+
+def _share(out: Loss, whole: Loss) -> Float[Array, ""]:
+    """What a micro-batch adds to the total that the whole batch's weight will divide."""
+    if out.balance is None or whole.balance is None:
+        return out.objective.total
+    weight = jax.lax.stop_gradient(whole.objective.weight)
+    return out.objective.total + weight * out.balance.share(whole.balance)
+
+
+def _count(loss: LossFn, params: PyTree, frozen: PyTree, micro: Batch, nothing: Loss) -> Loss:
+    """The whole batch's weight and routing, by a forward pass. All else in it is dead code.
+
+    A router's load balance is a product of two means over the whole batch: the gradient of each
+    micro-batch's part needs the visits of all.
+    """
+
+    def body(sums: Loss, batch: Batch) -> tuple[Loss, None]:
+        out = loss(params, frozen, batch)
+        kept = Loss(out.objective._replace(total=jnp.zeros_like(sums.objective.total)), {},
+                    out.balance)  # fmt: skip
+        return _merge(sums, kept), None
+
+    return jax.lax.scan(body, nothing, micro)[0]
 
 
 def _split(batch: Batch, accumulate: int, mesh: Mesh | None) -> list[Batch] | Batch:
@@ -194,19 +222,23 @@ def count_rows(batch: Batch) -> int:
 def _merge(one: Loss, other: Loss) -> Loss:
     # Both come from one function, so a name has the same kind in both.
     metrics = {k: m.merge(other.metrics[k]) for k, m in one.metrics.items()}  # type: ignore[arg-type]
-    return Loss(one.objective.merge(other.objective), metrics)
+    balance = one.balance
+    if balance is not None and other.balance is not None:
+        balance = balance.merge(other.balance)
+    return Loss(one.objective.merge(other.objective), metrics, balance)
 
 
 def _nothing(shape: Loss) -> Loss:
     """The neutral element of `_merge`, with the metrics of `shape`."""
-    start = {Mean: 0.0, Max: -jnp.inf, Min: jnp.inf}
+    start = {Mean: 0.0, Routing: 0.0, Max: -jnp.inf, Min: jnp.inf}
 
     def neutral(metric: Metric) -> Metric:
         kind = type(metric)
         return kind(*(jnp.full(x.shape, start[kind], x.dtype) for x in metric))
 
     metrics = {name: neutral(metric) for name, metric in shape.metrics.items()}
-    return Loss(neutral(shape.objective), metrics)  # type: ignore[arg-type]
+    balance = None if shape.balance is None else neutral(shape.balance)
+    return Loss(neutral(shape.objective), metrics, balance)  # type: ignore[arg-type]
 
 
 def _values(metrics: dict[str, Metric]) -> dict[str, Array]:

@@ -18,6 +18,7 @@ from jrlhf.data.rows import Rows
 from jrlhf.errors import ConfigError
 from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
+from jrlhf.models.moe import balancing_coefficient
 from jrlhf.rollout.score import Actor
 from jrlhf.sharding.place import params_shardings, put_batch
 from jrlhf.train.callbacks import TrainerState
@@ -86,6 +87,7 @@ class Trainer:
         entropy: bool = False,
         value_model: Model | None = None,
         dropout: bool = True,
+        router_aux_loss_coef: float | None = 0.0,
     ) -> None:
         """Joins the parts into a loop.
 
@@ -99,19 +101,19 @@ class Trainer:
             keep_start: the starting parameters stay alive, for they are the reference.
             entropy: also log the entropy.
             value_model: a separate value model, trained with the policy.
-            dropout: whether a training step drops inputs of adapters, as they ask for.
+            dropout: a training step drops inputs of adapters, as they ask for.
+            router_aux_loss_coef: weight of a router's load-balancing loss; None: the model's own.
         """
         self._value_model, self._keep_start = value_model, keep_start
-        self._total_steps = total_steps
-        trainable, frozen = self._split()
-        mesh = self._mesh()
-        axes = self._trees(lambda model: partition(model.net.axes(), model.net)[0])
-        self._tx, schedule = make_optimizer(self.args, total_steps, axes=axes)
+        self._total_steps, self._evaluation = total_steps, evaluation
+        (trainable, self._frozen), mesh = self._split(), self._mesh()
+        self._tx, schedule = make_optimizer(self.args, total_steps, axes=self._trees(_axes))
         placed = self._trees(lambda model: _placed(model, mesh))
         self._shardings = state_shardings(self._tx, trainable, placed)
-        loss = functools.partial(actor.loss, self.args, entropy=entropy)
+        balance = balancing_coefficient(self.model.net.spec, router_aux_loss_coef)
+        self._loss = functools.partial(actor.loss, self.args, entropy=entropy, balance=balance)
         step = make_step(
-            loss,
+            self._loss,
             self._tx,
             accumulate=self.args.gradient_accumulation_steps,
             max_grad_norm=self.args.max_grad_norm,
@@ -120,8 +122,7 @@ class Trainer:
             schedule=schedule,
             dropout=adapters.dropout_seed(self.model, self.args.seed, wanted=dropout),
         )
-        self._sums = make_evaluation(loss, mesh=mesh)
-        self._frozen, self._evaluation = frozen, evaluation
+        self._sums = make_evaluation(self._loss, mesh=mesh)
         self._loop = Loop(
             args=self.args,
             step=step,
@@ -225,6 +226,11 @@ def _placed(model: Model, mesh: jax.sharding.Mesh) -> PyTree:
     """Shardings of a model's trainable parameters."""
     trainable = partition(model.net.abstract(), model.net)[0]
     return params_shardings(model.net, trainable, mesh)
+
+
+def _axes(model: Model) -> PyTree:
+    """The axis names of what is trained."""
+    return partition(model.net.axes(), model.net)[0]
 
 
 def _data(source: Any) -> dict[str, str]:

@@ -26,12 +26,15 @@ class DPOConfig(DPO, TrainingConfig):
         max_length: prompt and answer together are cut to this; None: the model's context.
         truncation_mode: "keep_start" cuts their end, "keep_end" their beginning.
         disable_dropout: train without the dropout of adapters.
+        router_aux_loss_coef: weight of the load-balancing loss of a model with experts; None: as
+            the model's config says; 0 turns it off.
     """
 
     learning_rate: float = 1e-6
     max_length: int | None = 1024
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
 
     REFUSED = {
         "rpo_alpha": "mixtures of losses are not supported",
@@ -116,6 +119,7 @@ class DPOTrainer(Trainer):
             dropout=not start.args.disable_dropout,
             keep_start=True,
             entropy=True,
+            router_aux_loss_coef=self.args.router_aux_loss_coef,
         )
 
     def _with_reference(self, batch: Batch) -> Batch:

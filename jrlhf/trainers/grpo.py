@@ -87,6 +87,7 @@ class GRPOTrainer(Trainer):
             callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
             keep_start=reference is not None,
             entropy=True, dropout=not args.disable_dropout,
+            router_aux_loss_coef=args.router_aux_loss_coef,
         )  # fmt: skip
         source.frozen, source.trainer_state = self._frozen, self.state
 

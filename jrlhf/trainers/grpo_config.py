@@ -31,6 +31,8 @@ class GRPOConfig(GRPO, TrainingConfig):
         reward_weights: one per reward function; None: all 1.
         shuffle_dataset: another order of the prompts each epoch.
         disable_dropout: train without the dropout of adapters.
+        router_aux_loss_coef: weight of the load-balancing loss of a model with experts; None: as
+            the model's config says; 0 turns it off.
         log_completions: print samples and write completions.jsonl at each log.
         num_completions_to_print: so many.
         use_vllm: chooses the in-process engine, as False does; said once.
@@ -53,6 +55,7 @@ class GRPOConfig(GRPO, TrainingConfig):
     reward_weights: list[float] | None = None
     shuffle_dataset: bool = True
     disable_dropout: bool = False
+    router_aux_loss_coef: float | None = None
     log_completions: bool = False
     num_completions_to_print: int = 4
     use_vllm: bool = False

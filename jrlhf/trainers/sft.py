@@ -29,6 +29,8 @@ class SFTConfig(SFT, TrainingConfig):
         dataset_text_field: column of plain texts.
         chat_template_path: file with a Jinja chat template, or a model to take it from.
         shuffle_dataset: read rows in another order each epoch.
+        router_aux_loss_coef: weight of the load-balancing loss of a model with experts; None: as
+            the model's config says; 0 turns it off.
     """
 
     learning_rate: float = 2e-5
@@ -40,6 +42,7 @@ class SFTConfig(SFT, TrainingConfig):
     dataset_text_field: str = "text"
     chat_template_path: str | None = None
     shuffle_dataset: bool = True
+    router_aux_loss_coef: float | None = None
 
     ALIASES = {"max_seq_length": "max_length"}
 
@@ -93,6 +96,7 @@ class SFTTrainer(Trainer):
             evaluation=evaluation,
             callbacks=callbacks,
             entropy=True,
+            router_aux_loss_coef=self.args.router_aux_loss_coef,
         )
 
     def _evaluation_of(self, dataset: Any) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jrlhf import (
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from jrlhf import (
     SFTConfig,
     SFTTrainer,
 )
+from jrlhf.errors import ConfigError
 from jrlhf.model import Model
 from jrlhf.peft import LoraConfig
 from jrlhf.sharding.mesh import make_mesh
@@ -154,6 +156,29 @@ def dropout_is_turned_off(bench: Bench, face: str) -> None:
 
     assert told(True)
     assert not told(False)
+
+
+def router_is_balanced(bench: Bench, face: str) -> None:
+    """The weight is the field's, else the model's own; a model without experts takes none.
+
+    What it does to a loss is shown in tests/trainers/test_router_loss.py.
+    """
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}
+    config = {**CONFIG, **experts, "router_aux_loss_coef": 0.25}
+    model = AutoModelForCausalLM.from_config(config, tokenizer=bench.tokenizer)
+    mesh = make_mesh("data=1", devices=jax.devices()[:1])
+
+    def weight(**fields: Any) -> float:
+        given = {"model": model}
+        return bench.trainer(face, given=given, **fields)._loss.keywords["balance"]
+
+    model.to_mesh(mesh)
+    assert weight() == 0.25
+    assert weight(router_aux_loss_coef=0.5) == 0.5
+    assert weight(router_aux_loss_coef=0.0) == 0.0
+    assert bench.trainer(face)._loss.keywords["balance"] == 0.0
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef=0\.5 .* llama model has none"):
+        bench.trainer(face, router_aux_loss_coef=0.5)
 
 
 def first_rows(trainer: Any) -> list[tuple[int, ...]]:

@@ -70,6 +70,15 @@ def dtype(bench: Bench) -> None:
     assert script("--dtype", "bfloat16")[1].model_init_kwargs == {"dtype": "bfloat16"}
 
 
+def attn_implementation(bench: Bench) -> None:
+    given = script("--attn_implementation", "xla")[1].model_init_kwargs
+    assert given == {"attn_implementation": "xla"}
+    loaded = bench.trainer("sft", by_name=True, model_init_kwargs=given).model
+    assert loaded.net.spec.attention == "xla"
+    with pytest.raises(ConfigError, match="attn_implementation='slash' is not known"):
+        bench.trainer("sft", by_name=True, model_init_kwargs={"attn_implementation": "slash"})
+
+
 def dataset_name(bench: Bench) -> None:
     assert loaded()[0] == ["train"]
     alone = ["--dataset_name", "data/extra.jsonl"]
@@ -139,6 +148,7 @@ def reward_funcs(verb: Any) -> Check:
 SCRIPT: dict[str, Check] = {
     "model_name_or_path": model_name_or_path,
     "dtype": dtype,
+    "attn_implementation": attn_implementation,
     "dataset_name": dataset_name,
     "dataset_config": dataset_config,
     "dataset_train_split": dataset_train_split,

@@ -21,6 +21,7 @@ from tests.fields.bench import (
     dropout_is_turned_off,
     first_batch,
     first_rows,
+    router_is_balanced,
     words,
 )
 
@@ -264,6 +265,7 @@ TABLES: dict[str, dict[str, Check]] = {
         "dataset_text_field": sft_dataset_text_field,
         "chat_template_path": sft_chat_template_path,
         "shuffle_dataset": sft_shuffle_dataset,
+        "router_aux_loss_coef": lambda bench: router_is_balanced(bench, "sft"),
     },
     "reward": {
         "disable_dropout": lambda bench: dropout_is_turned_off(bench, "reward"),
@@ -274,6 +276,7 @@ TABLES: dict[str, dict[str, Check]] = {
     },
     "dpo": {
         "disable_dropout": lambda bench: dropout_is_turned_off(bench, "dpo"),
+        "router_aux_loss_coef": lambda bench: router_is_balanced(bench, "dpo"),
         "beta": dpo_beta,
         "loss_type": dpo_loss_type,
         "label_smoothing": dpo_label_smoothing,

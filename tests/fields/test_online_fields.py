@@ -23,6 +23,7 @@ from tests.fields.bench import (
     dropout_is_turned_off,
     first_rows,
     length_reward,
+    router_is_balanced,
     words,
 )
 from tests.rollout.conftest import EOS
@@ -262,6 +263,7 @@ def vllm_mode(bench: Bench, face: str) -> None:
 
 GRPO: dict[str, Check] = {
     "disable_dropout": dropout_is_turned_off,
+    "router_aux_loss_coef": router_is_balanced,
     "num_iterations": num_iterations,
     "steps_per_generation": steps_per_generation,
     "generation_batch_size": generation_batch_size,

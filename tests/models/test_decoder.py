@@ -118,7 +118,7 @@ def test_later_tokens_never_change_earlier_states(params, ids):
 
 @pytest.mark.parametrize(("trunk", "turned"), [(0, False), (2, True)])
 def test_prefill_and_decode_equal_the_full_forward(ids, trunk, turned, monkeypatch):
-    monkeypatch.setattr(build, "pays", lambda: turned)
+    monkeypatch.setattr(build, "platform", lambda: "cpu" if turned else "tpu")
     # Smaller weights: with those of SPEC, half a unit in the last place of each moves the states by
     # more than `close` allows, and the two layouts round their sums in different orders.
     net = Net(SPEC.replace(trunk_layers=trunk, initializer_range=0.15))
@@ -148,7 +148,7 @@ def test_prefill_and_decode_equal_the_full_forward(ids, trunk, turned, monkeypat
 
 
 def test_a_scanned_stack_equals_its_layers_one_by_one(params, ids, monkeypatch):
-    monkeypatch.setattr(build, "pays", lambda: False)  # the same dots on both sides
+    monkeypatch.setattr(build, "platform", lambda: "tpu")  # the same dots on both sides
     unstacked = NET.unstack(params)
     assert isinstance(unstacked["layers"], list)
     close(jax.jit(NET.hidden)(unstacked, ids), jax.jit(NET.hidden)(params, ids))

@@ -67,6 +67,30 @@ def test_a_config_written_from_a_spec_gives_the_spec_back(family, flagged, head)
         assert written[key] == given[key], key
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("head", ["classifier", "tokens"])
+def test_every_decoder_is_a_classifier_of_any_number_of_labels(family, head, labels):
+    spec = spec_from_config(config(family), head=head, num_labels=labels)
+    net, ids = Net(spec), jax.ShapeDtypeStruct((2, 9), np.int32)
+    lengths = jax.ShapeDtypeStruct((2,), np.int32)
+
+    def scores(params, ids, lengths):
+        hidden = net.hidden(params, ids, lengths=lengths)
+        if head == "tokens":
+            return net.token_scores(params, hidden)
+        return net.scores(params, hidden, lengths)
+
+    out = jax.eval_shape(scores, net.abstract(), ids, lengths)
+    assert out.shape == ((2, labels) if head == "classifier" else (2, 9, labels))
+    shapes = {row.name: row.hf_shape for row in family_of(spec).weights(spec)}
+    assert shapes["score.weight"] == (labels, spec.hidden_size)
+    assert ("score.bias" in shapes) == (head == "tokens")
+    written = config_from_spec(spec)
+    assert len(written["id2label"]) == labels
+    kind = "Sequence" if head == "classifier" else "Token"
+    assert written["architectures"][0].endswith(f"For{kind}Classification")
+
+
 def test_the_weight_table_covers_each_parameter_once_and_cuts_agree(family):
     spec = spec_from_config(config(family), value_head=True, trunk_layers=1)
     net = Net(spec)

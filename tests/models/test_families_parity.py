@@ -446,11 +446,12 @@ def classifiers():
                 yield family, kind
 
 
+@pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize(("family", "kind"), list(classifiers()))
-def test_classifiers_pass_both_ways(family, kind, tmp_path):
+def test_classifiers_pass_both_ways(family, kind, labels, tmp_path):
     """Names and shapes for all; scores for four that differ in how they name or run things."""
     flags = next(iter(CASES[family]))
-    head, labels = ("classifier", 1) if kind.startswith("Seq") else ("tokens", 3)
+    head = "classifier" if kind.startswith("Seq") else "tokens"
     model = theirs(family, flags, kind=kind, num_labels=labels)
     model.save_pretrained(tmp_path / "theirs")
     net, params, source = load_pretrained(tmp_path / "theirs", head=head)

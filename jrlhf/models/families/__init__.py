@@ -156,7 +156,7 @@ ENCODERS: dict[str, Family] = {
 }
 FAMILIES = {**DECODERS, **ENCODERS}
 # Fields that the caller chooses, whatever the config says.
-CHOICES = ("head", "num_labels", "value_head", "trunk_layers", "dtype", "remat")
+CHOICES = ("head", "num_labels", "value_head", "trunk_layers", "dtype", "remat", "attention")
 
 
 def _family(model_type: str | None) -> Family:
@@ -180,7 +180,7 @@ def spec_from_config(config: Mapping[str, Any], **choices: object) -> AnySpec:
     Args:
         config: config.json as a dict, of transformers 4 or 5.
         **choices: fields of the spec that a config does not decide: head, num_labels, value_head,
-            trunk_layers, dtype, remat.
+            trunk_layers, dtype, remat, attention.
 
     Raises:
         UnsupportedModelError: a model type, rope type, activation or flag that is not implemented.

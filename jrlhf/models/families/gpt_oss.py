@@ -16,7 +16,7 @@ from jrlhf.models.families.keys import (
     write_keys,
 )
 from jrlhf.models.families.llama import COMMON
-from jrlhf.models.families.mixtral import experts
+from jrlhf.models.families.mixtral import balance, experts
 from jrlhf.models.families.rope_config import read_rope, write_rope
 from jrlhf.models.families.table import LLAMA_MODULES, Names, table
 from jrlhf.models.families.weights import Part, Weight, array
@@ -67,6 +67,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
             expert_bias=True,
             clamp=float(config.get("swiglu_limit", 7.0)),
             alpha=float(config.get("swiglu_alpha", 1.702)),
+            router_aux_loss_coef=balance(config),
         ),
         **fields,
     )
@@ -80,6 +81,7 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
         **typed_windows(spec),
         "num_local_experts": spec.moe.num_experts,
         "num_experts_per_tok": spec.moe.experts_per_token,
+        "router_aux_loss_coef": spec.moe.router_aux_loss_coef,
         "swiglu_limit": spec.moe.clamp,
         "swiglu_alpha": spec.moe.alpha,
     }

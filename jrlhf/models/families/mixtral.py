@@ -34,6 +34,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
         moe=MoeSpec(
             num_experts=experts(config, 8),
             experts_per_token=int(config.get("num_experts_per_tok", 2)),
+            router_aux_loss_coef=balance(config),
         ),
         **read_keys(config, KEYS),
     )
@@ -44,6 +45,11 @@ def experts(config: Mapping[str, Any], default: int) -> int:
     return int(config.get("num_local_experts") or config.get("num_experts") or default)
 
 
+def balance(config: Mapping[str, Any]) -> float:
+    """The weight of the load-balancing loss; transformers' default where the config is silent."""
+    return float(config.get("router_aux_loss_coef", 0.001))
+
+
 def write(spec: DecoderSpec) -> dict[str, Any]:
     """The keys of config.json that the spec decides."""
     assert spec.moe is not None
@@ -52,6 +58,7 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
         "sliding_window": window_of(spec),
         "num_local_experts": spec.moe.num_experts,
         "num_experts_per_tok": spec.moe.experts_per_token,
+        "router_aux_loss_coef": spec.moe.router_aux_loss_coef,
     }
 
 

@@ -15,7 +15,7 @@ from jrlhf.models.families.keys import (
     write_keys,
 )
 from jrlhf.models.families.mistral import same_windows
-from jrlhf.models.families.mixtral import experts
+from jrlhf.models.families.mixtral import balance, experts
 from jrlhf.models.families.rope_config import read_rope, write_rope
 from jrlhf.models.families.table import LLAMA_MODULES, Names, table
 from jrlhf.models.families.weights import Weight
@@ -58,6 +58,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
             num_experts=experts(config, 128),
             experts_per_token=int(config.get("num_experts_per_tok", 8)),
             normalize=bool(config.get("norm_topk_prob", False)),
+            router_aux_loss_coef=balance(config),
         ),
         **read_keys(config, KEYS),
     )
@@ -73,6 +74,7 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
         "num_experts": spec.moe.num_experts,
         "num_local_experts": spec.moe.num_experts,
         "num_experts_per_tok": spec.moe.experts_per_token,
+        "router_aux_loss_coef": spec.moe.router_aux_loss_coef,
         "norm_topk_prob": spec.moe.normalize,
     }
 
