@@ -38,7 +38,7 @@ _ELSEWHERE = {
 
 
 _OPTIONS = ("dtype", "mesh", "num_layers_unfrozen", "remat", "seed", "param_dtype",
-            "load_in_8bit", "load_in_4bit")  # fmt: skip
+            "load_in_8bit", "load_in_4bit", "pad_vocab_to_multiple_of")  # fmt: skip
 
 
 class _Auto:
@@ -74,7 +74,9 @@ class _Auto:
             seed: of heads that the checkpoint does not have.
             param_dtype: type in which the weights are kept; bfloat16 is for what is not trained.
             **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`;
-                `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter.
+                `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter;
+                `pad_vocab_to_multiple_of`: rounds the vocabulary up so that a mesh divides it, with
+                rows that are no tokens.
 
         An adapter's directory gives a `jrlhf.peft.PeftModel`: the base that it names, adapted.
 
@@ -83,7 +85,8 @@ class _Auto:
         """
         dtype = _dtype(more.pop("torch_dtype", dtype))
         kind = asked_for(more)
-        choices = {**cls._choices, **{k: more.pop(k) for k in cls._extra if k in more}}
+        extra = (*cls._extra, "pad_vocab_to_multiple_of")
+        choices = {**cls._choices, **{k: more.pop(k) for k in extra if k in more}}
         for name in more:
             if name in _ELSEWHERE:
                 raise ConfigError(f"from_pretrained: {name} is not supported: {_ELSEWHERE[name]}.")

@@ -225,10 +225,16 @@ class Net:
         return jnp.concatenate((hidden, jnp.ones_like(hidden[..., :1])), axis=-1)
 
     def logits(self, params: Params, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
-        """All logits, float32. For a look at a model: training and sampling work in chunks."""
+        """All logits, float32; -inf for padding of the vocabulary.
+
+        For a look at a model: training and sampling work in chunks.
+        """
         head = self.head(params)
         rows = self.head_states(hidden).reshape(-1, head.shape[0])
         logits = head_logits(rows, head, softcap=self.spec.final_softcap)
+        if self.spec.vocab_padding:
+            real = jnp.arange(head.shape[1]) < self.spec.vocab_size
+            logits = jnp.where(real, logits, -jnp.inf)
         return logits.reshape(*hidden.shape[:-1], head.shape[1])
 
     def values(self, params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:

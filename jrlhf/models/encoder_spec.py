@@ -90,7 +90,7 @@ class EncoderSpec:
         score_bias: of the classifier itself.
         head: always "classifier".
         trunk_layers: so many lower layers are frozen, and all that lies under them.
-        dtype, remat: as in DecoderSpec.
+        vocab_padding, dtype, remat: as in DecoderSpec.
     """
 
     model_type: str
@@ -129,6 +129,7 @@ class EncoderSpec:
     head: str = "classifier"
     num_labels: int = 1
     value_head: bool = False
+    vocab_padding: int = 0
     trunk_layers: int = 0
     dtype: str = "float32"
     remat: str = "none"
@@ -160,6 +161,11 @@ class EncoderSpec:
     def trainable_layers(self) -> int:
         """Layers above the frozen trunk."""
         return self.num_hidden_layers - self.trunk_layers
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return self.vocab_size + self.vocab_padding
 
     @property
     def position_rows(self) -> int:

@@ -143,6 +143,9 @@ class DecoderSpec:
         head: "causal" (next-token logits), "classifier" (`num_labels` scores of the last token) or
             "tokens" (`num_labels` scores of every token).
         value_head: adds a linear map d -> 1 with bias on the final hidden state.
+        vocab_padding: rows of the embedding (and columns of the head) beyond `vocab_size`, so that
+            the vocabulary divides over a mesh. They are no tokens: their logits are -inf, and saved
+            checkpoints do not have them.
         trunk_layers: so many lower layers are frozen: they and the embedding (with a tied head) lie
             outside the trainable subtree, and no gradient is computed through them.
         dtype: type of the operands of every dot. Parameters are kept in their own type (float32
@@ -194,6 +197,7 @@ class DecoderSpec:
     head: Literal["causal", "classifier", "tokens"] = "causal"
     num_labels: int = 1
     value_head: bool = False
+    vocab_padding: int = 0
     trunk_layers: int = 0
     dtype: str = "float32"
     remat: str = "none"
@@ -232,6 +236,11 @@ class DecoderSpec:
     def trainable_layers(self) -> int:
         """Layers above the frozen trunk."""
         return self.num_hidden_layers - self.trunk_layers
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return self.vocab_size + self.vocab_padding
 
     @property
     def o_bias(self) -> bool:

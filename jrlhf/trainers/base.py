@@ -24,7 +24,7 @@ from jrlhf.train.loop import Loop, TrainOutput
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.state import TrainState, new_state, state_shardings
 from jrlhf.train.step import make_evaluation, make_step
-from jrlhf.trainers import adapters
+from jrlhf.trainers import adapters, publish
 from jrlhf.types import Batch, PyTree
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Trainer:
         entropy: bool = False,
         value_model: Model | None = None,
         dropout: bool = True,
+        dataset: Any = None,
     ) -> None:
         """Joins the parts into a loop.
 
@@ -96,9 +97,10 @@ class Trainer:
             entropy: also log the entropy.
             value_model: a separate value model, trained with the policy.
             dropout: whether a training step drops inputs of adapters, as they ask for.
+            dataset: the training set as it was given, for the model's card.
         """
         self._value_model, self._keep_start = value_model, keep_start
-        self._total_steps = total_steps
+        self._total_steps, self._dataset = total_steps, publish.hub_name(dataset)
         trainable, frozen = self._split()
         mesh = self._mesh()
         axes = self._trees(lambda model: partition(model.net.axes(), model.net)[0])
@@ -125,7 +127,7 @@ class Trainer:
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             evaluate=self._evaluate if evaluation else None,
-            callbacks=callbacks or (),
+            callbacks=[*(callbacks or ()), *self._uploads()],
             context={"model": self.model, "processing_class": self.processing_class},
             about=adapters.about(self.model),
         )
@@ -154,7 +156,9 @@ class Trainer:
         Raises:
             CheckpointError: there is nothing to resume from, or it does not fit.
             TrainingInterrupted: SIGTERM or SIGINT came; the last step is saved.
+            HubError: with push_to_hub, the hub does not want the model.
         """
+        publish.create(self.args)
         trainable, _ = self._split()
         state = new_state(
             trainable, self._tx, shardings=self._shardings, donate=not self._keep_start
@@ -203,10 +207,68 @@ class Trainer:
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Writes the model as a Hugging Face directory; default `output_dir/model`."""
-        target = Path(output_dir) if output_dir else Path(self.args.output_dir) / "model"
+        """Writes the model as a Hugging Face directory with a card; default `output_dir/model`.
+
+        With `push_to_hub` it is uploaded, too.
+
+        Raises:
+            HubError: the hub does not take it; it is on this machine all the same.
+        """
+        target = self._save(output_dir)
+        if self.args.push_to_hub:
+            publish.upload(self.args, target, "Model save")
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> str | None:
+        """Saves the model to `output_dir/model`, uploads it and returns the commit's URL.
+
+        The first process uploads; on the others it returns None.
+
+        Args:
+            commit_message: of the commit.
+            blocking: always so.
+            token, revision, private: in place of the config's.
+            **card: of `create_model_card`.
+
+        Raises:
+            HubError: the hub does not take it.
+        """
+        changed = {"token": token, "revision": revision, "private": private}
+        return publish.upload(self.args, self._save(None, **card), commit_message, **changed)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes README.md beside the saved model: base, data, arguments, metrics, versions."""
+        target = self._model_directory()
+        target.mkdir(parents=True, exist_ok=True)
+        publish.write_card(target, self, model_name=model_name,
+                           dataset_name=dataset_name or self._dataset, tags=tags)  # fmt: skip
+
+    def _model_directory(self) -> Path:
+        return Path(self.args.output_dir) / "model"
+
+    def _save(self, output_dir: str | Path | None, **card: Any) -> Path:
+        target = Path(output_dir) if output_dir else self._model_directory()
         self._exported().save_pretrained(target, tokenizer=self.processing_class)
+        publish.write_card(target, self, **{"dataset_name": self._dataset, **card})
         log.info("Saved the model to %s.", target)
+        return target
+
+    def _uploads(self) -> list[publish.PushAtSave]:
+        """The callback that uploads the model during the run, where the config asks for it."""
+        wanted = self.args.push_to_hub and self.args.hub_strategy == "every_save"
+        return [publish.PushAtSave(self)] if wanted else []
 
     def _exported(self) -> Model:
         return self.model

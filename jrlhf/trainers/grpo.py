@@ -80,6 +80,7 @@ class GRPOTrainer(Trainer):
             reference_net=adapters.reference_net(self.model, reference),
         )  # fmt: skip
         self._prepare(
+            dataset=start.given["train_dataset"],
             actor=actor,
             source=source,
             total_steps=args.total_steps(plan, rollouts_per_epoch=prompts.per_epoch),

@@ -156,7 +156,7 @@ ENCODERS: dict[str, Family] = {
 }
 FAMILIES = {**DECODERS, **ENCODERS}
 # Fields that the caller chooses, whatever the config says.
-CHOICES = ("head", "num_labels", "value_head", "trunk_layers", "dtype", "remat")
+CHOICES = ("head", "num_labels", "value_head", "vocab_padding", "trunk_layers", "dtype", "remat")
 
 
 def _family(model_type: str | None) -> Family:
