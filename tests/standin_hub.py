@@ -92,6 +92,10 @@ class StandInHub:
                 private = asked.get("private", asked.get("visibility"))
                 self.repos[repo] = private in (True, "private")
             return 200, {"url": f"{self.url}/{repo}", "name": repo, "id": repo}
+        if path == "/api/validate-yaml":  # the head of a README.md
+            text = json.loads(body)["content"]
+            errors = [] if text.startswith("---\n") else [{"message": "it has no head"}]
+            return 400 if errors else 200, {"errors": errors, "warnings": []}
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path)
         assert found is not None, path
         repo, action, revision = found.groups()

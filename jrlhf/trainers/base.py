@@ -240,8 +240,10 @@ class Trainer:
         Raises:
             HubError: the hub does not take it.
         """
-        changed = {"token": token, "revision": revision, "private": private}
-        return publish.upload(self.args, self._save(None, **card), commit_message, **changed)
+        target = self._save(None, **card)
+        return publish.upload(
+            self.args, target, commit_message, token=token, private=private, revision=revision
+        )
 
     def create_model_card(
         self,

@@ -47,18 +47,30 @@ def create(args: TrainingConfig) -> None:
         hub.create(repository(args), token=args.hub_token, private=args.hub_private_repo)
 
 
-def upload(args: TrainingConfig, directory: Path, message: str, **changed: Any) -> str | None:
-    """Uploads a saved model as the config says; `changed` wins where it is not None.
+def upload(
+    args: TrainingConfig,
+    directory: Path,
+    message: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> str | None:
+    """Uploads a saved model as the config says; what is given here wins.
 
     Returns:
         The commit's URL; None on the processes that upload nothing.
     """
     if not is_main():
         return None
-    asked = {"token": args.hub_token, "private": args.hub_private_repo,
-             "revision": args.hub_revision}  # fmt: skip
-    asked |= {name: value for name, value in changed.items() if value is not None}
-    url = hub.upload(directory, repository(args), message=message, **asked)
+    url = hub.upload(
+        directory,
+        repository(args),
+        message=message,
+        token=args.hub_token if token is None else token,
+        private=args.hub_private_repo if private is None else private,
+        revision=args.hub_revision if revision is None else revision,
+    )
     log.info("Uploaded the model: %s", url)
     return url
 

@@ -15,6 +15,7 @@ from jrlhf.errors import JrlhfError, ModelError, UnsupportedModelError
 from jrlhf.models.gguf_file import GGUFFile
 from jrlhf.models.load import load_pretrained, save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
+from jrlhf.rollout.score import outputs
 from tests.models.conftest import tensors_of
 from tests.models.gguf_cases import CONFIG, CONFIGS, write_gguf, write_hf
 
@@ -306,3 +307,26 @@ def test_smollm2s_config_is_that_of_the_original(smollm2_model):
     assert {key: config[key] for key in expected} == expected
     leaves = jax.tree.leaves(smollm2_model[1])
     assert sum(leaf.size for leaf in leaves) == 134_515_008
+
+
+@pytest.mark.parity
+@pytest.mark.assets
+def test_smollm2_has_transformers_bits_per_byte(smollm2, smollm2_model, repository):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    text = (repository / "LICENSE").read_text(encoding="utf-8")[:2200]
+    ids = np.array([load_tokenizer(smollm2)(text)["input_ids"]])
+    assert ids.shape[1] > 400
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        nats = theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.item()
+    net, params, _ = smollm2_model
+    batch = {"ids": ids, "lengths": np.array([ids.shape[1]])}
+    logps = jax.jit(lambda p: outputs(net, p, batch).logps)(params)
+    per_byte = 1 / np.log(2) / len(text.encode())
+    expected = nats * (ids.shape[1] - 1) * per_byte
+    found = -float(logps.sum()) * per_byte
+    assert 0 < expected < 1  # it knows English and this licence
+    assert abs(found - expected) < 0.005, (found, expected)

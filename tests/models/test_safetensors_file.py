@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from jrlhf.errors import ModelError, UnsupportedModelError
+from jrlhf.models.hf import safetensors_file
 from jrlhf.models.hf.safetensors_file import SafetensorsFile
 
 
@@ -117,7 +118,8 @@ def test_what_is_flipped_in_a_header_is_refused_or_still_inside_the_file(tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_every_part_is_what_the_package_reads(tmp_path, dtype):
+def test_every_part_is_what_the_package_reads(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(safetensors_file, "_BLOCK", 64)  # so that parts are read in several
     rng = np.random.default_rng(0)
     shapes = {"a": (5, 7), "scalar": (), "none": (0, 3), "deep": (2, 3, 4), "flat": (1,)}
     tensors = {n: np.asarray(rng.normal(size=shape), dtype=dtype) for n, shape in shapes.items()}

@@ -27,6 +27,8 @@ from jrlhf.errors import ModelError, UnsupportedModelError
 _LENGTH = struct.Struct("<Q")
 # What the safetensors package accepts; a longer header is a lie.
 _LONGEST_HEADER = 100_000_000
+# Of a file that is mapped into memory at a time.
+_BLOCK = 4 * 2**20
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -55,6 +57,11 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def count(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
 
 
 class SafetensorsFile:
@@ -90,19 +97,26 @@ class SafetensorsFile:
             raise UnsupportedModelError(
                 f"{name} in {self.path} is stored as {stored.dtype}; known: {', '.join(_NUMPY)}."
             )
-        count = math.prod(stored.shape)
-        flat = np.frombuffer(self._buffer, _NUMPY[stored.dtype], count, stored.start)
-        part = np.array(flat.reshape(stored.shape)[index])
-        self._forget(stored)
+        flat = np.frombuffer(self._buffer, _NUMPY[stored.dtype], stored.count, stored.start)
+        if not stored.shape:
+            return flat.reshape(()).copy()
+        view = flat.reshape(stored.shape)[index]
+        part = np.empty(view.shape, view.dtype)
+        # A few columns touch every page of their rows, so rows are taken block by block.
+        size = (stored.stop - stored.start) // max(stored.shape[0], 1)
+        rows = max(_BLOCK // max(size, 1), 1)
+        first, last, _ = index[0].indices(stored.shape[0])
+        for at in range(0, last - first, rows):
+            part[at : at + rows] = view[at : at + rows]
+            start = stored.start + (first + at) * size
+            self._forget(start, min(start + rows * size, stored.stop))
         return part
 
-    def _forget(self, stored: Stored) -> None:
-        """Gives the pages of a tensor back; the system still has them in its cache."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        first = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
-        if stored.stop > first:
-            self._buffer.madvise(mmap.MADV_DONTNEED, first, stored.stop - first)
+    def _forget(self, start: int, stop: int) -> None:
+        """Gives the pages of a range back; the system still has them in its cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._buffer.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
 
 def _tensors(buffer: mmap.mmap) -> dict[str, Stored]:
@@ -144,11 +158,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _stored(name: str, entry: Any, begin: int) -> Stored:
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype = fields.get("dtype")
     if dtype not in _BITS:
         raise ValueError(f"{name} has dtype {dtype!r}, which the format does not know")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has shape {shape!r} and data_offsets {offsets!r}")
+    shape = _naturals(name, "shape", fields)
+    offsets = _naturals(name, "data_offsets", fields)
+    if len(offsets) != 2:
+        raise ValueError(f"{name} has data_offsets {offsets!r}, expected two")
     start, stop = offsets
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (stop - start):
@@ -158,6 +174,8 @@ def _stored(name: str, entry: Any, begin: int) -> Stored:
     return Stored(dtype, tuple(shape), begin + start, begin + stop)
 
 
-def _naturals(value: Any) -> bool:
-    """Whether it is a list of whole numbers, none negative."""
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+def _naturals(name: str, key: str, fields: Mapping[str, Any]) -> list[int]:
+    value = fields.get(key)
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError(f"{name} has {key} {value!r}, expected a list of whole numbers")
+    return value
