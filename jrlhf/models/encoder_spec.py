@@ -10,7 +10,14 @@ import dataclasses
 from typing import Literal
 
 from jrlhf.errors import ModelError, UnsupportedModelError, suggest
-from jrlhf.models.spec import DTYPES, REMAT_POLICIES, DecoderSpec, RopeSpec
+from jrlhf.models.spec import (
+    DTYPES,
+    REMAT_POLICIES,
+    SIZES,
+    DecoderSpec,
+    RopeSpec,
+    check_sizes,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "tanh")
 POOLINGS = ("first", "mean")
@@ -135,6 +142,7 @@ class EncoderSpec:
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_sizes(self, (*SIZES, "embedding_size"))
         if self.head != "classifier" or self.value_head:
             wanted = "value head" if self.value_head else f"{self.head} head"
             raise ModelError(

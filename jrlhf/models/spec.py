@@ -8,6 +8,7 @@ shape.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from jrlhf.errors import UnsupportedModelError, suggest
@@ -22,6 +23,22 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
 HEADS = ("causal", "classifier", "tokens")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
+
+
+# Of decoders and encoders; at least 1 each.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+
+
+def check_sizes(spec: object, fields: Sequence[str]) -> None:
+    """Refuses models of nothing.
+
+    Raises:
+        UnsupportedModelError: a field is below 1.
+    """
+    for field in fields:
+        if getattr(spec, field) < 1:
+            raise UnsupportedModelError(f"{field}={getattr(spec, field)} must be at least 1.")
 
 
 def _known(field: str, value: str, names: tuple[str, ...]) -> None:
@@ -203,6 +220,7 @@ class DecoderSpec:
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_sizes(self, (*SIZES, "num_key_value_heads"))
         _known("norm", self.norm, NORMS)
         _known("block", self.block, BLOCKS)
         _known("positions", self.positions, POSITIONS)
