@@ -39,7 +39,8 @@ _ELSEWHERE = {
 
 
 _OPTIONS = ("dtype", "mesh", "num_layers_unfrozen", "remat", "seed", "param_dtype",
-            "load_in_8bit", "load_in_4bit", "attn_implementation")  # fmt: skip
+            "load_in_8bit", "load_in_4bit", "attn_implementation",
+            "pad_vocab_to_multiple_of")  # fmt: skip
 
 
 class _Auto:
@@ -77,7 +78,9 @@ class _Auto:
             **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`;
                 `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter;
                 `attn_implementation`: "auto" (the platform's kernel), "xla", "cudnn", "splash", or
-                transformers' names.
+                transformers' names;
+                `pad_vocab_to_multiple_of`: rounds the vocabulary up so that a mesh divides it, with
+                rows that are no tokens.
 
         An adapter's directory gives a `jrlhf.peft.PeftModel`: the base that it names, adapted.
 
@@ -86,12 +89,7 @@ class _Auto:
         """
         dtype = _dtype(more.pop("torch_dtype", dtype))
         kind, attention = asked_for(more), named(more.pop("attn_implementation", None))
-        choices = {**cls._choices, **{k: more.pop(k) for k in cls._extra if k in more}}
-        for name in more:
-            if name in _ELSEWHERE:
-                raise ConfigError(f"from_pretrained: {name} is not supported: {_ELSEWHERE[name]}.")
-            known = [*_OPTIONS, *cls._extra]
-            raise ConfigError(f"from_pretrained has no argument {name!r}.{suggest(name, known)}")
+        choices = cls._taken(more)
         placed, adapter = as_mesh(mesh), None
         base = base_of(hub.resolve(pretrained_model_name_or_path))
         if base is not None:
@@ -112,6 +110,17 @@ class _Auto:
         name = str(pretrained_model_name_or_path)
         model = Model(net, params, source=source, mesh=placed, name_or_path=name)
         return model if adapter is None else _with_adapter(model, adapter)
+
+    @classmethod
+    def _taken(cls, more: dict[str, Any]) -> dict[str, Any]:
+        """What is left of `from_pretrained`'s arguments, for `load_pretrained`."""
+        extra = (*cls._extra, "pad_vocab_to_multiple_of")
+        for name in more.keys() - set(extra):
+            if name in _ELSEWHERE:
+                raise ConfigError(f"from_pretrained: {name} is not supported: {_ELSEWHERE[name]}.")
+            known = [*_OPTIONS, *cls._extra]
+            raise ConfigError(f"from_pretrained has no argument {name!r}.{suggest(name, known)}")
+        return {**cls._choices, **more}
 
     @classmethod
     def from_config(

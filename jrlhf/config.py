@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import types
 import typing
 import warnings
@@ -21,6 +22,9 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 from jrlhf.errors import ConfigError, MissingFileError, UnsupportedFieldError, suggest
 
 T = TypeVar("T")
+
+# An id on the Hugging Face hub.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # Fields of transformers' TrainingArguments and of TRL that mean something only to PyTorch, with
 # what to write instead. Absent from this table and from the class: an unknown key.
@@ -40,6 +44,7 @@ REFUSED: dict[str, str] = {
     "use_liger_loss": "the head is chunked already; leave it out",
     "neftune_noise_alpha": "embedding noise is not supported",
     "auto_find_batch_size": "choose per_device_train_batch_size; shapes are fixed when compiled",
+    "hub_always_push": "every push is waited for, so none is left out",
 }
 
 
@@ -88,7 +93,12 @@ class TrainingConfig:
         disable_tqdm: True prints plain lines; None: a bar on a terminal, lines elsewhere.
         resume_from_checkpoint: True (the newest), or a checkpoint's path.
         model_init_kwargs: arguments of `from_pretrained`; the model must be given by name.
-        push_to_hub: only False is supported.
+        push_to_hub: upload the saved model to the Hugging Face hub; see `hub_strategy`.
+        hub_model_id: "name" or "organisation/name"; None: the name of `output_dir`.
+        hub_strategy: "every_save": at `save_model` and at every checkpoint, "end": at `save_model`.
+        hub_token: a token that may write; None: HF_TOKEN, or the one of `hf auth login`.
+        hub_private_repo: makes a new repository private; None: as the organisation has it.
+        hub_revision: a branch; None: main.
     """
 
     output_dir: str | None = None
@@ -130,6 +140,11 @@ class TrainingConfig:
     resume_from_checkpoint: bool | str | None = None
     model_init_kwargs: dict[str, Any] | None = None
     push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_strategy: Literal["end", "every_save"] = "every_save"
+    hub_token: str | None = None
+    hub_private_repo: bool | None = None
+    hub_revision: str | None = None
 
     ALIASES: ClassVar[dict[str, str]] = {
         "evaluation_strategy": "eval_strategy",
@@ -149,10 +164,8 @@ class TrainingConfig:
                "must be at least 1")  # fmt: skip
         _check(self.max_steps > 0 or self.num_train_epochs > 0, self, "num_train_epochs",
                "must be positive unless max_steps is")  # fmt: skip
-        if self.push_to_hub:
-            raise UnsupportedFieldError(
-                "push_to_hub=True is not supported: train, then upload output_dir/model yourself"
-            )
+        _check(self.hub_model_id is None or HUB_ID.fullmatch(self.hub_model_id) is not None, self,
+               "hub_model_id", 'must be "name" or "organisation/name"')  # fmt: skip
 
 
 def _check(ok: bool, owner: Any, name: str, rule: str) -> None:
@@ -358,5 +371,6 @@ def parse_text(kind: Any, text: str) -> Any:
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """The config as JSON-ready values, for logs and checkpoints."""
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    """The config as JSON-ready values, for logs and checkpoints; no secret is among them."""
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    return values | ({"hub_token": "<HUB_TOKEN>"} if values.get("hub_token") else {})

@@ -75,6 +75,10 @@ class AssetError(JrlhfError, OSError):
     """A downloaded file that could not be had or has the wrong hash."""
 
 
+class HubError(JrlhfError, OSError):
+    """The Hugging Face hub did not take what was to be uploaded."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns ' Did you mean "x"?' for the nearest known word, or ''."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

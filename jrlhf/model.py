@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.errors import ModelError
+from jrlhf.models import hub, vocabulary
 from jrlhf.models.build import Net, Params
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.models.families import config_from_spec
@@ -200,8 +202,12 @@ class Model:
         dtype: str = "float32",
         max_shard_size: str | int = "5GB",
         tokenizer: Any = None,
+        keep_vocab_padding: bool = False,
     ) -> None:
-        """Writes safetensors, configs and tokenizer; transformers loads the same weights back."""
+        """Writes safetensors, configs and tokenizer; transformers loads the same weights back.
+
+        The arguments are those of `models.load.save_pretrained`.
+        """
         save_pretrained(
             save_directory,
             self.net,
@@ -210,7 +216,79 @@ class Model:
             tokenizer=tokenizer or self._tokenizer,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            keep_vocab_padding=keep_vocab_padding,
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Saves the model for a moment and uploads it; returns the commit's URL.
+
+        With several processes every one must call it; the first uploads, the others get None.
+
+        Args:
+            repo_id: "name" or "organisation/name"; made if absent.
+            commit_message: of the commit.
+            private: of a new repository.
+            token: with the right to write; None: HF_TOKEN, or the one of `hf auth login`.
+            revision: a branch; None: main.
+            create_pr: opens a pull request instead of committing.
+            **options: of `save_pretrained`.
+
+        Raises:
+            ConfigError: an id that cannot be, or a wrong option.
+            HubError: the hub refuses it or cannot be reached.
+        """
+        hub.check_id(repo_id)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, **options)
+            if jax.process_index() != 0:
+                return None
+            return hub.upload(
+                Path(directory), repo_id, message=commit_message, token=token, private=private,
+                revision=revision, create_pr=create_pr,
+            )  # fmt: skip
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+        *,
+        seed: int = 0,
+    ) -> jax.Array:
+        """Gives the model room for another number of tokens, and returns the embedding table.
+
+        Args:
+            new_num_tokens: the vocabulary, usually `len(tokenizer)`; None: as it is.
+            pad_to_multiple_of: rounds the table up with rows that are no tokens: their logits are
+                -inf, and `save_pretrained` leaves them out (transformers makes tokens of them).
+            mean_resizing: new rows lie at the old ones' mean; else they are drawn like a new model.
+            seed: of the new rows.
+
+        Raises:
+            ConfigError: sizes below 1.
+        """
+        if (new_num_tokens, pad_to_multiple_of) != (None, None):
+            self.net, self.params = vocabulary.resized(
+                self.net,
+                self.params,
+                self.net.spec.vocab_size if new_num_tokens is None else new_num_tokens,
+                multiple=1 if pad_to_multiple_of is None else pad_to_multiple_of,
+                at_mean=mean_resizing,
+                key=jax.random.key(seed),
+            )
+            if self.mesh is not None:
+                self.to_mesh(self.mesh)
+        return self.params["embed"]["table"]
 
     def to_mesh(self, mesh: jax.sharding.Mesh) -> None:
         """Lays the parameters out over a mesh."""

@@ -190,6 +190,17 @@ class PeftModel(Model):
         finally:
             self.net = active
 
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> jax.Array:
+        """Refused: an adapter belongs to the base that it was made for.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "Resize the base before it gets an adapter: model.resize_token_embeddings(...), then"
+            " get_peft_model."
+        )
+
     # -------------------------------------------------------------- out of it again
 
     def get_base_model(self) -> Model:

@@ -11,7 +11,9 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FAKE = "--xla_force_host_platform_device_count=8"
@@ -26,6 +28,9 @@ if "HF_HOME" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.standin_hub import StandInHub
 
 TESTS = Path(__file__).parent
 # Rooms whose tests also run on the newest Python and JAX.
@@ -46,6 +51,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("unit")
         if without_torch and item.get_closest_marker("parity"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def standin_hub() -> Iterator[StandInHub]:
+    """A hub on this machine, to which uploads go."""
+    from tests.standin_hub import standing_in
+
+    with standing_in() as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,10 @@ from jrlhf.models.lora.config import LoraConfig
 from jrlhf.models.lora.layer import dropping
 from jrlhf.models.lora.plan import Adapter, Linears, plan
 from jrlhf.models.moe import Routing
-from jrlhf.models.quantize import is_quantized
 from jrlhf.models.rope import Rotation, document_lengths, rotation
 from jrlhf.models.spec import DecoderSpec, RopeSpec
+from jrlhf.models.unstack import unstack
 from jrlhf.ops.logps import head_logits
-from jrlhf.ops.turned import Turned
 
 Params = dict[str, Any]
 
@@ -238,10 +237,16 @@ class Net:
         return jnp.concatenate((hidden, jnp.ones_like(hidden[..., :1])), axis=-1)
 
     def logits(self, params: Params, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
-        """All logits, float32. For a look at a model: training and sampling work in chunks."""
+        """All logits, float32; -inf for padding of the vocabulary.
+
+        For a look at a model: training and sampling work in chunks.
+        """
         head = self.head(params)
         rows = self.head_states(hidden).reshape(-1, head.shape[0])
         logits = head_logits(rows, head, softcap=self.spec.final_softcap)
+        if self.spec.vocab_padding:
+            real = jnp.arange(head.shape[1]) < self.spec.vocab_size
+            logits = jnp.where(real, logits, -jnp.inf)
         return logits.reshape(*hidden.shape[:-1], head.shape[1])
 
     def values(self, params: Params, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
@@ -332,28 +337,8 @@ class Net:
         head and the classifier keep their own type.
         """
         params = lora.weave(params, self.adapters, ready=True)
-        cast = {key: value for key, value in params.items() if key not in ("trunk", "layers")}
-        layers: list[Any] = []
-        for name in ("trunk", "layers"):
-            if name in params:
-                count = jax.tree.leaves(params[name])[0].shape[0]
-                layers += [
-                    jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(count)
-                ]
-        cast["layers"] = layers
         turned = _linears(self.spec) if platform() == "cpu" else {}
-
-        def lower(path: tuple[Any, ...], leaf: Any) -> Any:
-            if is_quantized(leaf):
-                return leaf
-            names = {str(getattr(key, "key", "")) for key in path}
-            is_dot = bool(names & {"kernel", "table", "a", "b"})
-            is_dot = is_dot and not names & {"value", "score", "router"}
-            leaf = leaf.astype(self.spec.dtype) if is_dot else leaf
-            count = turned.get(jax.tree_util.keystr(path, simple=True, separator="/"))
-            return leaf if count is None else Turned.of(leaf, count)
-
-        return jax.tree_util.tree_map_with_path(lower, cast, is_leaf=is_quantized)
+        return unstack(params, dtype=self.spec.dtype, turned=turned)
 
     def _module(self, params: Params) -> Decoder:
         """Merges params into a module, for the duration of one traced call."""

@@ -246,7 +246,7 @@ class Decoder(nnx.Module):
         keys = Keys(key)
         scale, d = spec.initializer_range, spec.hidden_size
         self.spec = spec
-        self.embed = Embedding(keys, rows=spec.vocab_size, embed=d, axis="vocab", scale=scale)
+        self.embed = Embedding(keys, rows=spec.vocab_rows, embed=d, axis="vocab", scale=scale)
         if unrolled:
             self.layers = nnx.List([Layer(spec, keys) for _ in range(spec.num_hidden_layers)])
         else:
@@ -262,7 +262,7 @@ class Decoder(nnx.Module):
             self.head = CausalHead(
                 keys,
                 embed=d,
-                vocab=spec.vocab_size,
+                vocab=spec.vocab_rows,
                 scale=scale,
                 kernel=not spec.tie_word_embeddings,
                 bias=spec.head_bias,

@@ -232,7 +232,7 @@ class Embedding(nnx.Module):
             scale = spec.initializer_range
             return normal(keys, (rows, columns), lead=(), axes=axes, scale=scale)
 
-        self.table = table(spec.vocab_size, width, "vocab")
+        self.table = table(spec.vocab_rows, width, "vocab")
         if spec.learned_positions:
             self.positions = table(spec.position_rows, width)
         if spec.type_vocab_size:

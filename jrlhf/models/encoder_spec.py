@@ -10,7 +10,14 @@ import dataclasses
 from typing import Literal
 
 from jrlhf.errors import ModelError, UnsupportedModelError, suggest
-from jrlhf.models.spec import DTYPES, REMAT_POLICIES, DecoderSpec, RopeSpec
+from jrlhf.models.spec import (
+    DTYPES,
+    REMAT_POLICIES,
+    SIZES,
+    DecoderSpec,
+    RopeSpec,
+    check_sizes,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "tanh")
 POOLINGS = ("first", "mean")
@@ -90,7 +97,7 @@ class EncoderSpec:
         score_bias: of the classifier itself.
         head: always "classifier".
         trunk_layers: so many lower layers are frozen, and all that lies under them.
-        dtype, remat: as in DecoderSpec.
+        vocab_padding, dtype, remat: as in DecoderSpec.
     """
 
     model_type: str
@@ -129,11 +136,13 @@ class EncoderSpec:
     head: str = "classifier"
     num_labels: int = 1
     value_head: bool = False
+    vocab_padding: int = 0
     trunk_layers: int = 0
     dtype: str = "float32"
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_sizes(self, (*SIZES, "embedding_size"))
         if self.head != "classifier" or self.value_head:
             wanted = "value head" if self.value_head else f"{self.head} head"
             raise ModelError(
@@ -160,6 +169,11 @@ class EncoderSpec:
     def trainable_layers(self) -> int:
         """Layers above the frozen trunk."""
         return self.num_hidden_layers - self.trunk_layers
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return self.vocab_size + self.vocab_padding
 
     @property
     def position_rows(self) -> int:

@@ -1,15 +1,21 @@
-"""Reads llama.cpp's GGUF files: weights of any quantization, config and tokenizer."""
+"""Reads llama.cpp's GGUF files: weights of any quantization, and what config.json would say.
+
+llama.cpp's converter changes weights in two ways, which are undone here: of `llama` it interleaves
+the rows of q and k, of Gemma it adds 1 to every norm's scale.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jrlhf.errors import ModelError, TokenizerError, UnsupportedModelError, suggest
+from jrlhf.errors import ModelError, UnsupportedModelError
+from jrlhf.models.families.keys import FULL, SLIDING
 from jrlhf.models.gguf_file import GGUFFile, GGUFTensor
 from jrlhf.models.glassllm import unpermute_rows
 
@@ -21,9 +27,16 @@ _LAYER = {
     "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
     "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
     "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
+    "model.layers.{}.self_attn.q_norm": "blk.{}.attn_q_norm",
+    "model.layers.{}.self_attn.k_norm": "blk.{}.attn_k_norm",
     "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
     "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
     "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
+}
+_SANDWICH = {
+    "model.layers.{}.post_attention_layernorm": "blk.{}.post_attention_norm",
+    "model.layers.{}.pre_feedforward_layernorm": "blk.{}.ffn_norm",
+    "model.layers.{}.post_feedforward_layernorm": "blk.{}.post_ffw_norm",
 }
 _TOP = {
     "model.embed_tokens": "token_embd",
@@ -31,6 +44,23 @@ _TOP = {
     "lm_head": "output",
 }
 _ROPE_FREQS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp writes one family.
+
+    Attributes:
+        config: the keys of config.json that other families do not have, from the metadata.
+        layer: Hugging Face's names of what a layer holds -> theirs.
+        interleaved: whether rows of q and k are in llama.cpp's order.
+        norm_offset: what was added to the norms' scales.
+    """
+
+    config: Callable[[GGUFFile, Mapping[str, Any]], dict[str, Any]]
+    layer: Mapping[str, str]
+    interleaved: bool = False
+    norm_offset: float = 0.0
 
 
 class GGUFCheckpoint:
@@ -47,7 +77,14 @@ class GGUFCheckpoint:
         """
         self.path = path
         file = GGUFFile(path)
-        self.config: Mapping[str, Any] = _config(file)
+        arch = file.need("general.architecture")
+        if arch not in ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"{path} has architecture {arch!r}; of GGUF files are implemented:"
+                f" {', '.join(ARCHITECTURES)}."
+            )
+        self._architecture = ARCHITECTURES[arch]
+        self.config: Mapping[str, Any] = _config(file, self._architecture)
         self.generation_config: Mapping[str, Any] | None = _generation_config(file)
         self._tensors = self._rename(file.tensors)
         self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -57,7 +94,10 @@ class GGUFCheckpoint:
     def _rename(self, tensors: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
         theirs = dict(_TOP)
         for layer in range(self.config["num_hidden_layers"]):
-            theirs |= {ours.format(layer): name.format(layer) for ours, name in _LAYER.items()}
+            theirs |= {
+                ours.format(layer): name.format(layer)
+                for ours, name in self._architecture.layer.items()
+            }
         ours = {name: hf for hf, name in theirs.items()}
         renamed = {}
         for name, tensor in tensors.items():
@@ -68,52 +108,105 @@ class GGUFCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows: slice | np.ndarray = index[0]
-        if found := re.search(r"\.([qk])_proj\.", name):
+        found = re.search(r"\.([qk])_proj\.", name) if self._architecture.interleaved else None
+        if found:
             key = "num_attention_heads" if found[1] == "q" else "num_key_value_heads"
             rows = unpermute_rows(self.config[key], self.shapes[name][0])[index[0]]
+        tensor = self._tensors[name]
         if len(index) == 1:
-            return self._tensors[name].read(slice(None))[rows]
+            values = tensor.read(slice(None))[rows]
+            return values - self._architecture.norm_offset if "norm" in name else values
         # Quantized blocks lie along the last axis: rows can be picked before dequantizing.
-        return self._tensors[name].read(rows)[(slice(None), *index[1:])]
+        return tensor.read(rows)[(slice(None), *index[1:])]
 
 
-def _config(metadata: GGUFFile) -> dict[str, Any]:
+def _config(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:
     """What config.json would say."""
     tensors = metadata.tensors
     arch = metadata.need("general.architecture")
-    if arch != "llama":
-        raise UnsupportedModelError(
-            f"{metadata.path} has architecture {arch!r}; of GGUF files, llama is implemented."
-        )
-    if metadata.get("llama.expert_count"):
+    if metadata.get(f"{arch}.expert_count"):
         raise UnsupportedModelError(f"{metadata.path} is a mixture of experts.")
     if metadata.get("split.count", 1) > 1:
         raise UnsupportedModelError(f"{metadata.path} is one part of several; merge them first.")
-    hidden = metadata.integer("llama.embedding_length")
-    heads = metadata.integer("llama.attention.head_count")
-    head_dim = metadata.integer("llama.attention.key_length", hidden // heads)
+    hidden = metadata.integer(f"{arch}.embedding_length")
+    heads = metadata.integer(f"{arch}.attention.head_count")
+    head_dim = metadata.integer(f"{arch}.attention.key_length", hidden // heads)
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{metadata.path} has no token_embd.weight.")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": metadata.integer("llama.feed_forward_length"),
-        "num_hidden_layers": metadata.integer("llama.block_count"),
+        "intermediate_size": metadata.integer(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": metadata.integer(f"{arch}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.integer(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": metadata.integer("llama.context_length"),
-        "rope_parameters": _rope(metadata, head_dim=head_dim),
-        "rms_norm_eps": _short(metadata.need("llama.attention.layer_norm_rms_epsilon")),
-        "hidden_act": "silu",
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "max_position_embeddings": metadata.integer(f"{arch}.context_length"),
+        "rms_norm_eps": _short(metadata.need(f"{arch}.attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    return config | _token_ids(metadata)
+    return config | architecture.config(metadata, config) | _token_ids(metadata)
+
+
+def _llama(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rope_parameters": _rope(metadata, head_dim=config["head_dim"]),
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in metadata.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in metadata.tensors,
+    }
+
+
+def _qwen2(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "rope_parameters": _rope(metadata, head_dim=config["head_dim"]),
+        "hidden_act": "silu",
+        "use_sliding_window": False,  # llama.cpp has none either
+    }
+
+
+def _qwen3(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = "blk.0.attn_q.bias" in metadata.tensors
+    own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": bias}
+    return _qwen2(metadata, config) | own
+
+
+def _gemma3(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+    window = metadata.integer("gemma3.attention.sliding_window", 0)
+    # One layer in six reads everything; without a window every one does.
+    pattern = metadata.integer("gemma3.attention.sliding_window_pattern", 6) if window else 1
+    local_theta = _short(metadata.get("gemma3.rope.freq_base_swa", 10000.0))
+    # Only the largest divides queries by something else than the size of its heads.
+    scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim
+    cap = metadata.get("gemma3.final_logit_softcapping")
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "rope_parameters": {
+            FULL: _rope(metadata, head_dim=head_dim, default_theta=1e6),
+            SLIDING: {"rope_type": "default", "rope_theta": local_theta},
+        },
+        "layer_types": [SLIDING if (i + 1) % pattern else FULL for i in range(layers)],
+        **({"sliding_window": window} if window else {}),
+        "query_pre_attn_scalar": scalar,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "final_logit_softcapping": None if cap is None else _short(cap),
+    }
+
+
+ARCHITECTURES = {
+    "llama": Architecture(config=_llama, layer=_LAYER, interleaved=True),
+    "qwen2": Architecture(config=_qwen2, layer=_LAYER),
+    "qwen3": Architecture(config=_qwen3, layer=_LAYER),
+    "gemma3": Architecture(config=_gemma3, layer=_LAYER | _SANDWICH, norm_offset=1.0),
+}
 
 
 def _token_ids(metadata: GGUFFile) -> dict[str, int]:
@@ -137,16 +230,21 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope(metadata: GGUFFile, *, head_dim: int) -> dict[str, Any]:
+def _rope(metadata: GGUFFile, *, head_dim: int, default_theta: float = 10000.0) -> dict[str, Any]:
     """`rope_parameters` as config.json writes them."""
-    theta = _short(metadata.get("llama.rope.freq_base", 10000.0))
-    rotated = metadata.integer("llama.rope.dimension_count", head_dim)
+    own = f"{metadata.need('general.architecture')}.rope"
+    theta = _short(metadata.get(f"{own}.freq_base", default_theta))
+    rotated = metadata.integer(f"{own}.dimension_count", head_dim)
     if rotated != head_dim:
         raise UnsupportedModelError(f"{metadata.path} rotates {rotated} of {head_dim} dimensions.")
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        factor = _short(metadata.need("llama.rope.scaling.factor"))
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    kind = metadata.get(f"{own}.scaling.type", "none")
+    if kind in ("linear", "yarn"):
+        factor = _short(metadata.need(f"{own}.scaling.factor"))
+        scaled = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+        if kind == "yarn":
+            length = metadata.integer(f"{own}.scaling.original_context_length")
+            scaled["original_max_position_embeddings"] = length
+        return scaled
     if kind != "none":
         raise UnsupportedModelError(f"{metadata.path} has rotary scaling {kind!r}.")
     if _ROPE_FREQS not in metadata.tensors:
@@ -179,108 +277,3 @@ def _llama3_rope(divisors: np.ndarray, *, theta: float, head_dim: int) -> dict[s
         "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }
-
-
-# tokenizer.ggml.pre -> (regular expression that splits before the bytes, or None; digits one by
-# one; whether whole words of the vocabulary skip the merges). llama.cpp: src/llama-vocab.cpp.
-_GPT4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS: dict[str, tuple[str | None, bool, bool]] = {
-    "gpt-2": (None, False, False),
-    "smollm": (None, True, False),
-    "starcoder": (None, True, False),
-    "llama-bpe": (_GPT4 % "{1,3}", False, True),
-    "qwen2": (_GPT4 % "", False, False),
-}
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-
-
-def tokenizer_backend(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A GGUF file's tokenizer.
-
-    Returns:
-        The `tokenizers.Tokenizer` and what the class around it must know: special tokens,
-        chat_template and model_max_length.
-
-    Raises:
-        TokenizerError: a tokenizer model or pre-tokenizer that is not implemented.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
-    metadata = GGUFFile(path)
-    kind = metadata.need("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise TokenizerError(
-            f"{path} has tokenizer model {kind!r}; of GGUF files, byte-level BPE (gpt2) is"
-            " implemented. Give the Hugging Face tokenizer's directory instead."
-        )
-    pre, ignore_merges = _pre_tokenizer(metadata)
-    words: list[str] = metadata.need("tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.need("tokenizer.ggml.merges")]
-    vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))  # type: ignore[arg-type]
-    tokenizer.pre_tokenizer = pre
-    tokenizer.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(words))
-    # In the order of their ids, so that none gets a new id.
-    for word, token_type in zip(words, types, strict=True):
-        if token_type == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False)])
-        elif token_type == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(word, normalized=False)])
-    settings = _settings(metadata, words)
-    _add_template(tokenizer, metadata, settings)
-    return tokenizer, settings
-
-
-def _pre_tokenizer(metadata: GGUFFile) -> tuple[Any, bool]:
-    from tokenizers import Regex, pre_tokenizers
-
-    name = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if name not in _PRE_TOKENIZERS:
-        raise TokenizerError(
-            f"{metadata.path} has pre-tokenizer {name!r}; known: {', '.join(_PRE_TOKENIZERS)}."
-            + suggest(name, _PRE_TOKENIZERS)
-        )
-    pattern, digits, ignore_merges = _PRE_TOKENIZERS[name]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
-    return pre_tokenizers.Sequence(steps), ignore_merges
-
-
-def _settings(metadata: GGUFFile, words: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    for name, role in roles.items():
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None and token_id < len(words):
-            settings[f"{role}_token"] = words[token_id]
-    arch = metadata.need("general.architecture")
-    if length := metadata.get(f"{arch}.context_length"):
-        settings["model_max_length"] = int(length)
-    if template := metadata.get("tokenizer.chat_template"):
-        settings["chat_template"] = template
-    return settings
-
-
-def _add_template(tokenizer: Any, metadata: GGUFFile, settings: Mapping[str, Any]) -> None:
-    """Makes the tokenizer add BOS and EOS where the file says so."""
-    from tokenizers import processors
-
-    # llama.cpp adds BOS for llama-bpe even when the file is silent.
-    by_default = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    before = metadata.get("tokenizer.ggml.add_bos_token", by_default) and settings.get("bos_token")
-    after = metadata.get("tokenizer.ggml.add_eos_token", False) and settings.get("eos_token")
-    if not before and not after:
-        return
-    special = [token for token in (before, after) if token]
-    parts = [part for part in (before, "$A", after) if part]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=" ".join(parts),
-        pair=None,
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in special],
-    )

@@ -1,17 +1,18 @@
-"""Turns what a user names (a path or an id on the Hugging Face hub) into a local path."""
+"""The Hugging Face hub: what a user names (a path or an id) as a local path, and uploads."""
 
 from __future__ import annotations
 
-import re
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from jrlhf.errors import MissingFileError, UnsupportedModelError
+from jrlhf.config import HUB_ID
+from jrlhf.errors import ConfigError, HubError, MissingFileError, UnsupportedModelError
 
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 # Copies of the same weights in other layouts that some repositories carry.
 _IGNORED = ["onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*/*"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
@@ -31,7 +32,7 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
         return path
     name = str(name_or_path)
     looks_local = name.startswith((".", "~", "/")) or path.suffix in (".gguf", ".npz")
-    if looks_local or not _HUB_ID.fullmatch(name):
+    if looks_local or not HUB_ID.fullmatch(name):
         raise MissingFileError(f"{name} does not exist (seen from {Path.cwd()}).")
     return _download(name, weights=weights)
 
@@ -82,3 +83,89 @@ def kind_of(path: Path) -> tuple[str, Path]:
         names = ", ".join(file.name for _, file in files)
         raise MissingFileError(f"{path} holds several models ({names}); name one of the files.")
     return files[0] if files else ("hf", path)
+
+
+def check_id(repo_id: str) -> str:
+    """The id of a repository, "name" or "org/name".
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise ConfigError(f'{repo_id!r} is no id on the hub: write "name" or "organisation/name".')
+    return repo_id
+
+
+def create(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Makes a model repository, unless it is there, and returns its full id.
+
+    Args:
+        repo_id: "name" (of the token's owner) or "organisation/name".
+        token: with the right to write; None: HF_TOKEN, or the one of `hf auth login`.
+        private: whether only its owners see it; None: as the organisation has it. Means nothing
+            for one that is there already.
+
+    Raises:
+        ConfigError: no such id can be.
+        HubError: the hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    check_id(repo_id)
+    with _asking(repo_id):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    *,
+    message: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a directory as one commit, to a repository that is made if absent.
+
+    Args:
+        directory: every file of it is sent.
+        repo_id, token, private: as in `create`.
+        message: of the commit.
+        revision: a branch, made if absent; None: main.
+        create_pr: opens a pull request instead of committing.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ConfigError, HubError: as `create`.
+    """
+    from huggingface_hub import HfApi
+
+    full = create(repo_id, token=token, private=private)
+    api = HfApi(token=token)
+    with _asking(full):
+        if revision is not None and not create_pr:
+            api.create_branch(full, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=full,
+            folder_path=str(directory),
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(done.pr_url if create_pr else done.commit_url)
+
+
+@contextlib.contextmanager
+def _asking(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the client raises its own, httpx's and OSError's families
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise HubError(
+            f'The Hugging Face hub did not take "{repo_id}": {reason}\n'
+            "  Fix: give a token that may write there (hub_token, HF_TOKEN or `hf auth login`), and"
+            " unset HF_HUB_OFFLINE. A saved model is still on this machine."
+        ) from error

@@ -7,7 +7,6 @@ weight table says where each lies in our tree; every device reads the part that 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 from jrlhf.errors import ConfigError, ModelError
-from jrlhf.models import attend, hub
+from jrlhf.models import attend, hub, vocabulary
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.encoder_spec import AnySpec
@@ -26,6 +25,7 @@ from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
 from jrlhf.models.hf.reader import Checkpoint, SafetensorsCheckpoint
 from jrlhf.models.match import At, match, places_of
+from jrlhf.models.pieces import fill
 from jrlhf.models.quantize import holds_quantized
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def load_pretrained(
     platform: str | None = None,
     shardings: Shardings | None = None,
     key: jax.Array | None = None,
+    pad_vocab_to_multiple_of: int = 1,
 ) -> tuple[AnyNet, Params, Source]:
     """Loads a model from a directory, a hub id, a GGUF file or a glassllm directory.
 
@@ -105,6 +106,7 @@ def load_pretrained(
         platform: that of the devices (`models.axes.platform`); None: of this process's.
         shardings: (net, abstract params) -> tree of shardings; one device when None.
         key: randomness for new heads.
+        pad_vocab_to_multiple_of: rounds the vocabulary up, with rows that are no tokens.
 
     Returns:
         The net, its params, and the model's origin (for `save_pretrained`).
@@ -122,18 +124,22 @@ def load_pretrained(
         remat=remat,
         trunk_layers=_trunk_layers(num_layers_unfrozen, spec.num_hidden_layers),
         num_labels=spec.num_labels if num_labels is None else num_labels,
+        vocab_padding=vocabulary.padding(spec.vocab_size, pad_vocab_to_multiple_of),
     )
     spec = attend.choose_for(spec, attention, platform)
     net = net_of(spec)
     names = match(checkpoint, spec)
     abstract = net.abstract()
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
-    leaves = flatten(placed)
+    leaves = flatten((shardings or _one_device)(net, abstract))
     filled = _fill_all(flatten(abstract), leaves, checkpoint, spec, names, param_dtype)
     new = [path for path in leaves if path not in filled]
     filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
     return net, nest(filled), Source.of(checkpoint)
+
+
+def _one_device(net: AnyNet, abstract: Params) -> Any:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda _: one, abstract)
 
 
 def _fill_all(
@@ -151,7 +157,7 @@ def _fill_all(
             at: (row, names[name]) for row, name, at in places_of(spec, path) if name in names
         }
         if places or leaf.size == 0:
-            filled[path] = _fill(leaf.shape, shardings[path], checkpoint, places, dtype)
+            filled[path] = fill(leaf.shape, shardings[path], checkpoint, places, dtype)
     return filled
 
 
@@ -164,55 +170,6 @@ def _trunk_layers(unfrozen: int, layers: int) -> int:
             f" everything) or 0 to {layers}."
         )
     return layers - unfrozen
-
-
-def _fill(
-    shape: tuple[int, ...],
-    sharding: jax.sharding.Sharding,
-    checkpoint: Checkpoint,
-    places: Mapping[At, tuple[Weight, str]],
-    dtype: str,
-) -> jax.Array:
-    """Makes one leaf; each device's part is read once, and nothing else."""
-    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        if bounds not in parts:  # replicas share what was read
-            parts[bounds] = _read_part(checkpoint, places, bounds, np.dtype(dtype))
-        return parts[bounds]
-
-    return jax.make_array_from_callback(shape, sharding, part)
-
-
-def _read_part(
-    checkpoint: Checkpoint,
-    places: Mapping[At, tuple[Weight, str]],
-    bounds: tuple[tuple[int, int], ...],
-    dtype: np.dtype[Any],
-) -> np.ndarray:
-    out = np.empty(tuple(stop - start for start, stop in bounds), dtype)
-    stacked = len(next(iter(places), ()))
-    for at in itertools.product(*(range(*bound) for bound in bounds[:stacked])):
-        here = tuple(i - start for i, (start, _) in zip(at, bounds))
-        # Only a norm's scale may be absent in a layer that has no such norm: there it acts on none.
-        out[here] = _read_one(checkpoint, *places[at], bounds[stacked:]) if at in places else 1.0
-    return out
-
-
-def _read_one(
-    checkpoint: Checkpoint, row: Weight, name: str, bounds: tuple[tuple[int, int], ...]
-) -> np.ndarray:
-    """A part of one tensor, in our layout."""
-    index = tuple(slice(*bound) for bound in bounds)
-    try:
-        theirs = row.hf_index(index)
-    except ValueError:  # not one rectangle in the file
-        whole = tuple(slice(0, n) for n in row.hf_shape)
-        return row.from_hf(checkpoint.read(name, whole))[index]
-    sizes = tuple(stop - start for start, stop in bounds)
-    return row.from_hf(checkpoint.read(name, theirs), sizes)
 
 
 def _draw(
@@ -256,6 +213,7 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
     max_shard_size: int | str = "5GB",
+    keep_vocab_padding: bool = False,
 ) -> Path:
     """Writes a model directory that transformers loads with bitwise equal weights.
 
@@ -269,6 +227,7 @@ def save_pretrained(
         tokenizer: written in place of the origin's.
         dtype: type of the saved weights: float32, bfloat16 or float16.
         max_shard_size: weights beyond it go into several files, e.g. "5GB".
+        keep_vocab_padding: also writes the rows that pad the vocabulary, as if they were tokens.
 
     Raises:
         ConfigError: an unknown dtype or size.
@@ -280,6 +239,8 @@ def save_pretrained(
             "A quantised base cannot be saved: save the adapter, or merge_and_unload() first."
         )
     max_bytes = writer.parse_size(max_shard_size)
+    if keep_vocab_padding:
+        net = net.of(net.spec.replace(vocab_size=net.spec.vocab_rows, vocab_padding=0))
     directory = Path(directory).expanduser()
     values = _export(net, params, np.dtype(dtype))
     if jax.process_index() == 0:

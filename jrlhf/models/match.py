@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,10 +15,14 @@ from jrlhf.models.hf.reader import Checkpoint
 Keys = tuple[str, ...]
 # Index of a tensor along the stacked axes of a leaf: none, the layer, or the layer and the expert.
 At = tuple[int, ...]
+# Leaves with a row or column per token: only they may have padding.
+VOCABULARY = {("embed", "table"): 0, ("head", "kernel"): 1, ("head", "bias"): 0}
 
 
 def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
     """{name in the weight table: name in the checkpoint}, for all that the spec needs.
+
+    Rows beyond `vocab_size` are padding, of which nothing is read: a warning says so.
 
     Raises:
         MissingWeightError: the two disagree.
@@ -26,13 +31,16 @@ def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
     theirs = _our_names(shapes, spec)
     problems: list[str] = []
     found: dict[str, str] = {}
+    longer: list[str] = []
     absent: set[str] = set()  # a fused tensor has several rows, and is one difference
     for row in family_of(spec).weights(spec):
         for name, _, _ in row.places(spec):
             if name in theirs:
                 found[name] = theirs.pop(name)
                 shape = shapes[found[name]]
-                if shape != row.hf_shape:
+                if row.path in VOCABULARY and _padded(shape, row.hf_shape):
+                    longer.append(f"{name} {shape[0]}")
+                elif shape != row.hf_shape:
                     problems.append(f"shape of {name} is {shape}, expected {row.hf_shape}")
             elif not row.optional and name not in found and name not in absent:
                 absent.add(name)
@@ -51,7 +59,18 @@ def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
             f"{checkpoint.path} does not hold the weights that its config describes"
             f" ({len(problems)} differences):\n  {lines}"
         )
+    if longer:
+        warnings.warn(
+            f"{checkpoint.path} has vocab_size={spec.vocab_size} and more rows of"
+            f" {', '.join(longer)}. The others are taken for padding and left out.",
+            stacklevel=3,
+        )
     return found
+
+
+def _padded(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a tensor has more rows than expected, and is alike otherwise."""
+    return shape[:1] > expected[:1] and shape[1:] == expected[1:]
 
 
 def _our_names(shapes: Mapping[str, Any], spec: AnySpec) -> dict[str, str]:

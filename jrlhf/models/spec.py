@@ -8,6 +8,7 @@ shape.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from jrlhf.errors import UnsupportedModelError, suggest
@@ -23,6 +24,22 @@ DTYPES = ("float32", "bfloat16")
 HEADS = ("causal", "classifier", "tokens")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTIONS = ("auto", "xla", "cudnn", "splash", "splash_interpret")
+
+
+# Of decoders and encoders; at least 1 each.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+
+
+def check_sizes(spec: object, fields: Sequence[str]) -> None:
+    """Refuses models of nothing.
+
+    Raises:
+        UnsupportedModelError: a field is below 1.
+    """
+    for field in fields:
+        if getattr(spec, field) < 1:
+            raise UnsupportedModelError(f"{field}={getattr(spec, field)} must be at least 1.")
 
 
 def _known(field: str, value: str, names: tuple[str, ...]) -> None:
@@ -146,6 +163,9 @@ class DecoderSpec:
         head: "causal" (next-token logits), "classifier" (`num_labels` scores of the last token) or
             "tokens" (`num_labels` scores of every token).
         value_head: adds a linear map d -> 1 with bias on the final hidden state.
+        vocab_padding: rows of the embedding (and columns of the head) beyond `vocab_size`, so that
+            the vocabulary divides over a mesh. They are no tokens: their logits are -inf, and saved
+            checkpoints do not have them.
         trunk_layers: so many lower layers are frozen: they and the embedding (with a tied head) lie
             outside the trainable subtree, and no gradient is computed through them.
         dtype: type of the operands of every dot. Parameters are kept in their own type (float32
@@ -198,12 +218,14 @@ class DecoderSpec:
     head: Literal["causal", "classifier", "tokens"] = "causal"
     num_labels: int = 1
     value_head: bool = False
+    vocab_padding: int = 0
     trunk_layers: int = 0
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
 
     def __post_init__(self) -> None:
+        check_sizes(self, (*SIZES, "num_key_value_heads"))
         _known("norm", self.norm, NORMS)
         _known("block", self.block, BLOCKS)
         _known("positions", self.positions, POSITIONS)
@@ -238,6 +260,11 @@ class DecoderSpec:
     def trainable_layers(self) -> int:
         """Layers above the frozen trunk."""
         return self.num_hidden_layers - self.trunk_layers
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return self.vocab_size + self.vocab_padding
 
     @property
     def o_bias(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jrlhf.errors import ModelError, TokenizerError
-from jrlhf.models import gguf, glassllm, hub
+from jrlhf.models import gguf_tokenizer, glassllm, hub
 from jrlhf.models.hf.reader import read_json
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     kind, path = hub.kind_of(hub.resolve(source, weights=False))
     if kind == "gguf":
-        return _wrap(*gguf.tokenizer_backend(path))
+        return _wrap(*gguf_tokenizer.tokenizer_backend(path))
     if kind == "glassllm":
         return _glassllm(path)
     return _from_directory(path)

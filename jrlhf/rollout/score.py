@@ -69,6 +69,7 @@ def outputs(
         temperature=temperature,
         softcap=net.spec.final_softcap,
         entropy=entropy,
+        vocab=net.spec.vocab_size,
     )
     values = net.values(params, hidden) if net.spec.value_head and value_net is None else None
     if value_net is not None:

@@ -34,7 +34,8 @@ _LISTED = 8
 _HARMLESS = frozenset(
     ("output_dir", "logging_steps", "logging_dir", "report_to", "run_name", "disable_tqdm", "mesh",
      "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy",
-     "per_device_eval_batch_size", "resume_from_checkpoint")
+     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+     "hub_strategy", "hub_token", "hub_private_repo", "hub_revision")
 )  # fmt: skip
 
 

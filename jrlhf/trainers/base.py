@@ -26,7 +26,7 @@ from jrlhf.train.loop import Loop, TrainOutput
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.state import TrainState, new_state, state_shardings
 from jrlhf.train.step import make_evaluation, make_step
-from jrlhf.trainers import adapters
+from jrlhf.trainers import adapters, publish
 from jrlhf.types import Batch, PyTree
 
 log = logging.getLogger(__name__)
@@ -88,28 +88,28 @@ class Trainer:
         value_model: Model | None = None,
         dropout: bool = True,
         router_aux_loss_coef: float | None = 0.0,
+        dataset: Any = None,
     ) -> None:
         """Joins the parts into a loop.
 
         Args:
             actor: the policy (or classifier) as a function of (trainable, frozen).
             source: the loop's source of batches.
-            total_steps: of the run.
-            steps_per_epoch: None where there are no epochs.
-            evaluation: makes the source of the evaluation set.
-            callbacks: of the user.
+            total_steps, steps_per_epoch: of the run; None where there are no epochs.
+            evaluation, callbacks: what makes the evaluation set's source; those of the user.
             keep_start: the starting parameters stay alive, for they are the reference.
             entropy: also log the entropy.
             value_model: a separate value model, trained with the policy.
             dropout: a training step drops inputs of adapters, as they ask for.
             router_aux_loss_coef: weight of a router's load-balancing loss; None: the model's own.
+            dataset: the training set as it was given, for the model's card.
         """
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps, self._evaluation = total_steps, evaluation
+        self._dataset = publish.hub_name(dataset)
         (trainable, self._frozen), mesh = self._split(), self._mesh()
         self._tx, schedule = make_optimizer(self.args, total_steps, axes=self._trees(_axes))
-        placed = self._trees(lambda model: _placed(model, mesh))
-        self._shardings = state_shardings(self._tx, trainable, placed)
+        self._shardings = state_shardings(self._tx, trainable, self._trees(_placed))
         balance = balancing_coefficient(self.model.net.spec, router_aux_loss_coef)
         self._loss = functools.partial(actor.loss, self.args, entropy=entropy, balance=balance)
         step = make_step(
@@ -130,7 +130,7 @@ class Trainer:
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             evaluate=self._evaluate if evaluation else None,
-            callbacks=callbacks or (),
+            callbacks=[*(callbacks or ()), *self._uploads()],
             context={"model": self.model, "processing_class": self.processing_class},
             about={**adapters.about(self.model), **_data(source)},
         )
@@ -159,7 +159,9 @@ class Trainer:
         Raises:
             CheckpointError: there is nothing to resume from, or it does not fit.
             TrainingInterrupted: SIGTERM or SIGINT came; the last step is saved.
+            HubError: with push_to_hub, the hub does not want the model.
         """
+        publish.create(self.args)
         trainable, _ = self._split()
         state = new_state(
             trainable, self._tx, shardings=self._shardings, donate=not self._keep_start
@@ -208,10 +210,70 @@ class Trainer:
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Writes the model as a Hugging Face directory; default `output_dir/model`."""
-        target = Path(output_dir) if output_dir else Path(self.args.output_dir) / "model"
+        """Writes the model as a Hugging Face directory with a card; default `output_dir/model`.
+
+        With `push_to_hub` it is uploaded, too.
+
+        Raises:
+            HubError: the hub does not take it; it is on this machine all the same.
+        """
+        target = self._save(output_dir)
+        if self.args.push_to_hub:
+            publish.upload(self.args, target, "Model save")
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> str | None:
+        """Saves the model to `output_dir/model`, uploads it and returns the commit's URL.
+
+        The first process uploads; on the others it returns None.
+
+        Args:
+            commit_message: of the commit.
+            blocking: always so.
+            token, revision, private: in place of the config's.
+            **card: of `create_model_card`.
+
+        Raises:
+            HubError: the hub does not take it.
+        """
+        target = self._save(None, **card)
+        return publish.upload(
+            self.args, target, commit_message, token=token, private=private, revision=revision
+        )
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes README.md beside the saved model: base, data, arguments, metrics, versions."""
+        target = self._model_directory()
+        target.mkdir(parents=True, exist_ok=True)
+        publish.write_card(target, self, model_name=model_name,
+                           dataset_name=dataset_name or self._dataset, tags=tags)  # fmt: skip
+
+    def _model_directory(self) -> Path:
+        return Path(self.args.output_dir) / "model"
+
+    def _save(self, output_dir: str | Path | None, **card: Any) -> Path:
+        target = Path(output_dir) if output_dir else self._model_directory()
         self._exported().save_pretrained(target, tokenizer=self.processing_class)
+        publish.write_card(target, self, **{"dataset_name": self._dataset, **card})
         log.info("Saved the model to %s.", target)
+        return target
+
+    def _uploads(self) -> list[publish.PushAtSave]:
+        """The callback that uploads the model during the run, where the config asks for it."""
+        wanted = self.args.push_to_hub and self.args.hub_strategy == "every_save"
+        return [publish.PushAtSave(self)] if wanted else []
 
     def _exported(self) -> Model:
         return self.model
@@ -222,10 +284,11 @@ class Trainer:
         return self._loop.trainer_state
 
 
-def _placed(model: Model, mesh: jax.sharding.Mesh) -> PyTree:
+def _placed(model: Model) -> PyTree:
     """Shardings of a model's trainable parameters."""
+    assert model.mesh is not None
     trainable = partition(model.net.abstract(), model.net)[0]
-    return params_shardings(model.net, trainable, mesh)
+    return params_shardings(model.net, trainable, model.mesh)
 
 
 def _axes(model: Model) -> PyTree:

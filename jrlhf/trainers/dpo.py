@@ -110,6 +110,7 @@ class DPOTrainer(Trainer):
         self._actor = Actor(self.model.net)
         self._scorer = Actor(adapters.reference_net(self.model, self._reference))
         self._prepare(
+            dataset=start.given["train_dataset"],
             actor=self._actor,
             source=data.source,
             total_steps=data.total_steps,

@@ -80,7 +80,7 @@ class GRPOTrainer(Trainer):
             reference_net=adapters.reference_net(self.model, reference),
         )  # fmt: skip
         self._prepare(
-            actor=actor,
+            dataset=start.given["train_dataset"], actor=actor,
             source=source,
             total_steps=args.total_steps(plan, rollouts_per_epoch=prompts.per_epoch),
             steps_per_epoch=prompts.steps_per_epoch(plan),

@@ -103,6 +103,7 @@ class PPOTrainer(Trainer):
             mesh=start.mesh,
         )
         self._prepare(
+            dataset=start.given["train_dataset"],
             actor=actor,
             source=source,
             total_steps=args.total_steps(plan, rollouts_per_epoch=prompts.per_epoch),

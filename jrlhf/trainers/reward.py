@@ -89,6 +89,7 @@ class RewardTrainer(Trainer):
         )
         setup.one_label(self.model, "RewardTrainer")
         self._prepare(
+            dataset=start.given["train_dataset"],
             actor=Actor(self.model.net),
             source=data.source,
             total_steps=data.total_steps,

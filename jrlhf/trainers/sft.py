@@ -89,6 +89,7 @@ class SFTTrainer(Trainer):
             face="SFTTrainer",
         )
         self._prepare(
+            dataset=start.given["train_dataset"],
             actor=Actor(self.model.net),
             source=data.source,
             total_steps=data.total_steps,

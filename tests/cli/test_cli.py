@@ -105,7 +105,7 @@ FILES = {
     "no mapping": ("- seed\n", ConfigError, "mapping"),
     "no YAML": ("seed: [1\n", ConfigError, "not valid YAML"),
     "code": ("seed: !!python/object/apply:os.getpid []\n", ConfigError, "not valid YAML"),
-    "refused": ("push_to_hub: true\n", UnsupportedFieldError, "push_to_hub"),
+    "refused": ("hub_always_push: true\n", UnsupportedFieldError, "hub_always_push"),
 }
 
 

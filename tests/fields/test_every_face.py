@@ -14,6 +14,7 @@ from jrlhf.data.loader import Order
 from jrlhf.errors import ConfigError, MeshError, UnsupportedFieldError
 from jrlhf.train.state import TrainState
 from tests.fields.bench import DATA, FACES, OFFLINE, ONLINE, Bench, first_rows
+from tests.standin_hub import StandInHub, standing_in
 
 Check = Callable[[Bench, str], None]
 
@@ -145,8 +146,52 @@ def eval_steps(bench: Bench, face: str) -> None:
         assert bench.trainer(face, eval_steps=5)._loop.args.eval_steps == 5  # likewise
 
 
+# ------------------------------------------------------------------ the hub
+
+
+def uploaded(bench: Bench, face: str, **fields: Any) -> StandInHub:
+    """What a hub has got when the model was saved."""
+    with standing_in() as hub:
+        plain = {"push_to_hub": True, "hub_model_id": "org/tiny"}
+        bench.trainer(face, **{**plain, **fields}).save_model()
+    return hub
+
+
 def push_to_hub(bench: Bench, face: str) -> None:
-    refuses(face, "push_to_hub", True)
+    assert uploaded(bench, face, push_to_hub=False).commits == []
+    (commit,) = uploaded(bench, face).commits
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(commit.files)
+
+
+def hub_model_id(bench: Bench, face: str) -> None:
+    assert set(uploaded(bench, face, hub_model_id="org/other").repos) == {"org/other"}
+    named = uploaded(bench, face, hub_model_id=None, output_dir="my-run")
+    assert set(named.repos) == {"me/my-run"}
+
+
+def hub_token(bench: Bench, face: str) -> None:
+    assert uploaded(bench, face, hub_token="hf_secret").commits[0].token == "hf_secret"
+
+
+def hub_private_repo(bench: Bench, face: str) -> None:
+    for private in (True, False):
+        assert uploaded(bench, face, hub_private_repo=private).repos == {"org/tiny": private}
+
+
+def hub_revision(bench: Bench, face: str) -> None:
+    assert uploaded(bench, face).commits[0].revision == "main"
+    hub = uploaded(bench, face, hub_revision="try")
+    assert (hub.branches, hub.commits[0].revision) == ([("org/tiny", "try")], "try")
+
+
+def hub_strategy(bench: Bench, face: str) -> None:
+    for strategy, count in (("every_save", 1), ("end", 0)):
+        with standing_in() as hub:
+            trainer = bench.trainer(face, push_to_hub=True, hub_strategy=strategy)
+            for callback in trainer._loop.callbacks:
+                if hasattr(callback, "on_save"):
+                    callback.on_save(trainer.args, trainer.state, None)
+        assert len(hub.commits) == count
 
 
 # ------------------------------------------------------------------ models
@@ -313,6 +358,11 @@ TABLE: dict[str, Check] = {
     "pad_to_multiple_of": pad_to_multiple_of,
     "model_init_kwargs": model_init_kwargs,
     "push_to_hub": push_to_hub,
+    "hub_model_id": hub_model_id,
+    "hub_token": hub_token,
+    "hub_private_repo": hub_private_repo,
+    "hub_revision": hub_revision,
+    "hub_strategy": hub_strategy,
 }
 
 

@@ -14,6 +14,7 @@ from jrlhf.errors import ModelError, UnsupportedModelError
 from jrlhf.models import axes
 from jrlhf.models.build import Net, combine, partition
 from jrlhf.models.families import config_from_spec, family_of, spec_from_config
+from jrlhf.models.families.weights import CutInsideError
 from jrlhf.models.spec import DecoderSpec, RopeSpec
 
 SPEC = DecoderSpec(
@@ -110,8 +111,12 @@ def test_a_weight_goes_to_the_checkpoint_and_back_and_its_slices_agree():
 def test_a_cut_inside_a_merged_axis_is_refused():
     rows = {weight.path: weight for weight in family_of(SPEC).weights(SPEC)}
     query = rows[("layers", "attn", "q", "kernel")]  # [d h e] <- [h*e, d]
-    with pytest.raises(ValueError, match="cut inside"):
+    with pytest.raises(CutInsideError) as cut:
         query.hf_index((slice(0, 12), slice(0, 3), slice(0, 2)))
+    assert cut.value.axis == 1
+    # Inside of one head it is one block.
+    theirs = query.hf_index((slice(0, 12), slice(2, 3), slice(1, 3)))
+    assert theirs[0] == slice(2 * SPEC.head_dim + 1, 2 * SPEC.head_dim + 3)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import jax
@@ -91,7 +90,7 @@ def test_every_decoder_is_a_classifier_of_any_number_of_labels(family, head, lab
     assert written["architectures"][0].endswith(f"For{kind}Classification")
 
 
-def test_the_weight_table_covers_each_parameter_once_and_cuts_agree(family):
+def test_the_weight_table_covers_each_parameter_once(family):
     spec = spec_from_config(config(family), value_head=True, trunk_layers=1)
     net = Net(spec)
     filled = jax.tree.map(lambda leaf: np.zeros(leaf.shape, int), net.abstract())
@@ -105,20 +104,6 @@ def test_the_weight_table_covers_each_parameter_once_and_cuts_agree(family):
             theirs = whole
         assert theirs.shape == row.hf_shape
         np.testing.assert_array_equal(row.from_hf(theirs), ours)
-        for axis in range(len(row.shape)):
-            for start, stop in itertools.combinations(range(row.shape[axis] + 1), 2):
-                index = [slice(0, size) for size in row.shape]
-                index[axis] = slice(start, stop)
-                try:
-                    block = theirs[row.hf_index(tuple(index))]
-                except ValueError:  # inside a merged axis: the loader reads the whole
-                    assert any(axis in group[1:] for group in row.groups)
-                    continue
-                cut = ours[tuple(index)]
-                # At most what the tensors that it is fused with put between its stripes.
-                between = 1 if row.part is None or row.part.outer == 1 else row.part.total
-                assert block.size <= cut.size * between
-                np.testing.assert_array_equal(row.from_hf(block, cut.shape), cut)
         for _, path, at in row.places(spec):
             node = filled
             for key in path:

@@ -2,136 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 import gguf
 import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jrlhf.errors import JrlhfError, ModelError, UnsupportedModelError
 from jrlhf.models.gguf_file import GGUFFile
 from jrlhf.models.load import load_pretrained, save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 96,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def tensors_of(config):
-    """Random tensors under Hugging Face's names."""
-    rng = np.random.default_rng(0)
-    d, f, e = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    h, k = config["num_attention_heads"], config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], d)
-    attention = {"q_proj": (h * e, d), "k_proj": (k * e, d), "v_proj": (k * e, d)}
-    attention |= {"o_proj": (d, h * e)}
-    mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-    for i in range(config["num_hidden_layers"]):
-        own = f"model.layers.{i}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{own}{norm}.weight"] = (d,)
-        for room, group, bias in (("self_attn", attention, "attention"), ("mlp", mlp, "mlp")):
-            for name, shape in group.items():
-                shapes[f"{own}{room}.{name}.weight"] = shape
-                if config[f"{bias}_bias"]:
-                    shapes[f"{own}{room}.{name}.bias"] = shape[:1]
-    return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def permute(weights, heads):
-    """What llama.cpp's converter does to q and k (convert_hf_to_gguf.py, LlamaModel.permute)."""
-    rows = weights.shape[0]
-    split = weights.reshape(heads, 2, rows // heads // 2, *weights.shape[1:])
-    return split.swapaxes(1, 2).reshape(weights.shape)
-
-
-def their_name(name):
-    stem, kind = name.rsplit(".", 1)
-    if stem.startswith("model.layers."):
-        _, _, layer, rest = stem.split(".", 3)
-        return f"blk.{layer}.{NAMES[rest]}.{kind}"
-    return f"{NAMES[stem]}.{kind}"
-
-
-def write_gguf(path, config, tensors, *, kind=Kind.F32, extra=None, metadata=None):
-    """Writes a model as llama.cpp's converter would; returns what the file then holds."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
-    for key, value in (metadata or {}).items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
-            key, value
-        )
-    held = {}
-    for name, tensor in tensors.items():
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-        part = name.split(".")[-2]
-        stored = permute(tensor, config[heads[part]]) if part in heads else tensor
-        form = kind if tensor.ndim == 2 else Kind.F32  # as the converter: vectors stay float32
-        writer.add_tensor(their_name(name), quantize(stored, form), raw_dtype=form)
-        held[name] = dequantize(quantize(tensor, form), form)
-    for name, tensor in (extra or {}).items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return held
-
-
-def write_hf(path, config, tensors):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+from jrlhf.rollout.score import outputs
+from tests.models.conftest import tensors_of
+from tests.models.gguf_cases import CONFIG, CONFIGS, write_gguf, write_hf
 
 
 def assert_same_model(ours, theirs):
@@ -139,7 +25,10 @@ def assert_same_model(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
 
 
-@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1])
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1],
+)
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}]
 )
@@ -157,6 +46,96 @@ def test_a_gguf_file_is_the_hugging_face_model_it_was_made_of(tmp_path, kind, ch
     assert saved.keys() == held.keys()
     for name, tensor in held.items():
         np.testing.assert_array_equal(saved[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma3", {}),
+        ("gemma3", {"tie_word_embeddings": False}),
+    ],
+)
+def test_other_architectures_are_their_hugging_face_models(tmp_path, arch, changes, kind):
+    config = CONFIGS[arch] | changes
+    held = write_gguf(tmp_path / "m.gguf", config, tensors_of(config), kind=kind, arch=arch)
+    ours = load_pretrained(tmp_path / "m.gguf")
+    assert ours[2].config == config
+    assert_same_model(ours, load_pretrained(write_hf(tmp_path / "hf", config, held)))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
+def test_quantizations_with_super_blocks_are_read(tmp_path, kind):
+    config = CONFIG | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64,
+                       "num_hidden_layers": 1}  # fmt: skip
+    held = write_gguf(tmp_path / "m.gguf", config, tensors_of(config), kind=kind)
+    sizes = [np.abs(value).max() for value in held.values()]
+    assert all(0 < size < 10 for size in sizes)
+    ours = load_pretrained(tmp_path / "m.gguf")
+    assert_same_model(ours, load_pretrained(write_hf(tmp_path / "hf", config, held)))
+
+
+GEMMA_KEYS = {
+    "no window": ({}, {"sliding_window": 0}, ["full_attention"] * 7, 10000.0, 8),
+    "another pattern": (
+        {"gemma3.attention.sliding_window_pattern": 2},
+        {},
+        ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+        10000.0,
+        8,
+    ),
+    "another local rotation": (
+        {"gemma3.rope.freq_base_swa": 77.0},
+        {},
+        CONFIGS["gemma3"]["layer_types"],
+        77.0,
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GEMMA_KEYS)
+def test_what_a_gemma_file_says_of_its_windows(tmp_path, case):
+    metadata, changes, types, theta, scalar = GEMMA_KEYS[case]
+    config = CONFIGS["gemma3"] | changes
+    write_gguf(tmp_path / "m.gguf", config, tensors_of(config), metadata=metadata, arch="gemma3")
+    found = load_pretrained(tmp_path / "m.gguf")[2].config
+    assert found["layer_types"] == types
+    assert found["rope_parameters"]["sliding_attention"]["rope_theta"] == theta
+    assert found["query_pre_attn_scalar"] == scalar
+
+
+def test_the_largest_gemma_divides_queries_by_its_width(tmp_path):
+    # google/gemma-3-27b: 62 layers, hidden 5376, 32 heads of 128, query_pre_attn_scalar 168.
+    config = CONFIGS["gemma3"] | {"num_hidden_layers": 62, "layer_types": None}
+    config |= {"hidden_size": 40, "num_attention_heads": 4}
+    write_gguf(tmp_path / "m.gguf", config, tensors_of(config), arch="gemma3")
+    assert load_pretrained(tmp_path / "m.gguf")[2].config["query_pre_attn_scalar"] == 10
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_transformers_reads_the_same_from_the_same_file(tmp_path, arch):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    config = CONFIGS[arch] | {"tie_word_embeddings": True}
+    write_gguf(tmp_path / "m.gguf", config, tensors_of(config), kind=Kind.Q8_0, arch=arch)
+    # It does not read the size of Qwen3's heads and Gemma's two rotations from the file.
+    kinds = {"qwen3": transformers.Qwen3Config, "gemma3": transformers.Gemma3TextConfig}
+    own = {"config": kinds[arch](**config)} if arch in kinds else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, **own
+    ).eval()
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 13))
+    with torch.no_grad():
+        expected = theirs.double()(torch.tensor(ids)).logits.numpy()
+    net, params, _ = load_pretrained(tmp_path / "m.gguf")
+    logits = jax.jit(lambda p: net.logits(p, net.hidden(p, ids)))(params)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_every_device_reads_its_part_of_quantized_weights(tmp_path):
@@ -218,17 +197,20 @@ def test_llama3_rope_is_recovered_from_its_divisors(tmp_path, factor, theta):
         load_pretrained(tmp_path / "odd.gguf")
 
 
-def test_linear_rope_is_read(tmp_path):
-    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaled_rotations_are_read(tmp_path, kind):
+    scaling = {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 4.0}
+    scaling["llama.rope.scaling.original_context_length"] = 24
     write_gguf(tmp_path / "m.gguf", CONFIG, tensors_of(CONFIG), metadata=scaling)
     rope = load_pretrained(tmp_path / "m.gguf")[0].spec.rope
-    assert (rope.rope_type, rope.rope_theta, rope.factor) == ("linear", 500.0, 4.0)
+    assert (rope.rope_type, rope.rope_theta, rope.factor) == (kind, 500.0, 4.0)
+    assert kind == "linear" or rope.original_max_position_embeddings == 24
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.rope.dimension_count": 4}, "rotates 4 of 8"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"split.count": 3}, "merge them"),
@@ -325,3 +307,26 @@ def test_smollm2s_config_is_that_of_the_original(smollm2_model):
     assert {key: config[key] for key in expected} == expected
     leaves = jax.tree.leaves(smollm2_model[1])
     assert sum(leaf.size for leaf in leaves) == 134_515_008
+
+
+@pytest.mark.parity
+@pytest.mark.assets
+def test_smollm2_has_transformers_bits_per_byte(smollm2, smollm2_model, repository):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    text = (repository / "LICENSE").read_text(encoding="utf-8")[:2200]
+    ids = np.array([load_tokenizer(smollm2)(text)["input_ids"]])
+    assert ids.shape[1] > 400
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        nats = theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.item()
+    net, params, _ = smollm2_model
+    batch = {"ids": ids, "lengths": np.array([ids.shape[1]])}
+    logps = jax.jit(lambda p: outputs(net, p, batch).logps)(params)
+    per_byte = 1 / np.log(2) / len(text.encode())
+    expected = nats * (ids.shape[1] - 1) * per_byte
+    found = -float(logps.sum()) * per_byte
+    assert 0 < expected < 1  # it knows English and this licence
+    assert abs(found - expected) < 0.005, (found, expected)

@@ -112,7 +112,11 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
         ),
     ),
     "server mode": (UnsupportedFieldError, "colocate", lambda m: GRPOConfig(vllm_mode="server")),
-    "pushing": (UnsupportedFieldError, "push_to_hub", lambda m: SFTConfig(push_to_hub=True)),
+    "an id that no hub has": (
+        ConfigError,
+        "hub_model_id.*a/b/c",
+        lambda m: SFTConfig(hub_model_id="a/b/c"),
+    ),
     "a field of PyTorch": (UnsupportedFieldError, "mesh", lambda m: SFTConfig(deepspeed="z3.json")),
     "an adapter": (
         ConfigError,

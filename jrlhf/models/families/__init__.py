@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jrlhf.errors import UnsupportedModelError, suggest
+from jrlhf.errors import JrlhfError, ModelError, UnsupportedModelError, suggest
 from jrlhf.models.encoder_spec import AnySpec, EncoderSpec
 from jrlhf.models.families import (
     bert,
@@ -156,11 +156,12 @@ ENCODERS: dict[str, Family] = {
 }
 FAMILIES = {**DECODERS, **ENCODERS}
 # Fields that the caller chooses, whatever the config says.
-CHOICES = ("head", "num_labels", "value_head", "trunk_layers", "dtype", "remat", "attention")
+CHOICES = ("head", "num_labels", "value_head", "vocab_padding", "trunk_layers", "dtype", "remat",
+           "attention")  # fmt: skip
 
 
-def _family(model_type: str | None) -> Family:
-    if model_type not in FAMILIES:
+def _family(model_type: Any) -> Family:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = sorted(FAMILIES)
         raise UnsupportedModelError(
             f"model_type={model_type!r} is not implemented; known: {', '.join(known)}."
@@ -184,8 +185,29 @@ def spec_from_config(config: Mapping[str, Any], **choices: object) -> AnySpec:
 
     Raises:
         UnsupportedModelError: a model type, rope type, activation or flag that is not implemented.
+        ModelError: a value of another kind than its key wants.
     """
-    return _family(config.get("model_type")).read(config).replace(**choices)
+    return _read(_family(config.get("model_type")), config).replace(**choices)
+
+
+def _read(family: Family, config: Mapping[str, Any]) -> AnySpec:
+    try:
+        return family.read(config)
+    except JrlhfError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        guilty = [f"{key}={value!r}" for key, value in config.items() if _fine(family, config, key)]
+        what = f": {', '.join(guilty)}" if guilty else ""
+        raise ModelError(f"config.json cannot be read{what} ({error}).") from error
+
+
+def _fine(family: Family, config: Mapping[str, Any], key: str) -> bool:
+    """Whether a config could be read if it had not this key."""
+    try:
+        family.read({name: value for name, value in config.items() if name != key})
+    except Exception:  # whatever it is, the key alone is not at fault
+        return False
+    return True
 
 
 def config_from_spec(spec: AnySpec) -> dict[str, Any]:

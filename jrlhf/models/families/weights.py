@@ -54,13 +54,27 @@ class Part:
         """Where entries start .. stop of ours lie on their axis, perhaps among others.
 
         Raises:
-            ValueError: a stripe is cut.
+            ValueError: they are parts of several stripes.
         """
-        if self.outer == 1:
-            return slice(self.start + start, self.start + stop)
-        if start % self.size or stop % self.size:
-            raise ValueError(f"{start}:{stop} cuts a stripe of {self.size}.")
-        return slice(start // self.size * self.total, stop // self.size * self.total)
+        stripe, first = divmod(start, self.size)
+        if first + stop - start <= self.size:  # of one stripe
+            at = stripe * self.total + self.start + first
+            return slice(at, at + stop - start)
+        if first or stop % self.size:
+            raise ValueError(f"{start}:{stop} cuts stripes of {self.size}.")
+        return slice(stripe * self.total, stop // self.size * self.total)
+
+
+class CutInsideError(Exception):
+    """A slice of ours is several rectangles of theirs: one for each entry of an axis, or more.
+
+    Attributes:
+        axis: that axis of ours.
+    """
+
+    def __init__(self, axis: int) -> None:
+        super().__init__(f"axis {axis} must be gone along entry by entry")
+        self.axis = axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +105,11 @@ class Weight:
         return "{layer}" in self.name
 
     @property
+    def inside(self) -> tuple[slice, ...]:
+        """What of our array a checkpoint holds; beyond it lies padding of the vocabulary."""
+        return tuple(slice(size) for size in self.shape)
+
+    @property
     def hf_shape(self) -> tuple[int, ...]:
         """Shape in the checkpoint; of the whole tensor where it is fused."""
         shape = list(self._own_shape(self.shape))
@@ -104,7 +123,7 @@ class Weight:
 
     def to_hf(self, array: Any) -> Any:
         """Our array (one layer's slice) in the checkpoint's layout, for `part.put` if fused."""
-        turned = array.transpose(tuple(itertools.chain(*self.groups)))
+        turned = array[self.inside].transpose(tuple(itertools.chain(*self.groups)))
         return turned.reshape(self._own_shape(self.shape))
 
     def from_hf(self, array: Any, shape: tuple[int, ...] | None = None) -> Any:
@@ -123,21 +142,25 @@ class Weight:
         them.
 
         Raises:
-            ValueError: that slice is not contiguous there (a merged axis other than the outermost
-                of its group is cut); the caller then reads the whole tensor.
+            CutInsideError: that slice is no single rectangle there.
         """
         whole = []
         for at, group in enumerate(self.groups):
-            inner = math.prod(self.shape[axis] for axis in group[1:])
-            for axis in group[1:]:
-                if index[axis].indices(self.shape[axis]) != (0, self.shape[axis], 1):
-                    raise ValueError(f"{self.name}: axis {axis} of {self.path} is cut inside.")
-            start, stop, step = index[group[0]].indices(self.shape[group[0]])
-            if step != 1:
-                raise ValueError(f"{self.name}: a slice with a step.")
-            start, stop = start * inner, stop * inner
+            start, stop = 0, 1  # along the merged axis, as far as its axes are gone through
+            outer = None  # the first axis of which more than one entry is wanted
+            for axis in group:
+                size = self.shape[axis]
+                first, last, _ = index[axis].indices(size)
+                if outer is not None and (first, last) != (0, size):
+                    raise CutInsideError(outer)
+                start, stop = start * size + first, (stop - 1) * size + last
+                outer = axis if outer is None and last - first > 1 else outer
             part = self.part if self.part is not None and self.part.axis == at else None
-            whole.append(slice(start, stop) if part is None else part.index(start, stop))
+            try:
+                whole.append(slice(start, stop) if part is None else part.index(start, stop))
+            except ValueError:
+                assert outer is not None
+                raise CutInsideError(outer) from None
         return tuple(whole)
 
     def places(self, spec: AnySpec) -> Iterator[tuple[str, Path, int | tuple[int, int] | None]]:

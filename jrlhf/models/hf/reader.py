@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from jrlhf.errors import MissingFileError, ModelError, UnsupportedModelError
+from jrlhf.errors import MissingFileError, ModelError
+from jrlhf.models.hf.safetensors_file import SafetensorsFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint(Protocol):
@@ -64,7 +63,8 @@ class SafetensorsCheckpoint:
 
         Raises:
             MissingFileError: no config.json, no weights, or a shard that the index names is absent.
-            ModelError: a file is damaged, or the index names something other than a plain file.
+            ModelError: a file is damaged, the index names something other than a plain file, or
+                two shards hold the same tensor.
         """
         self.path = path
         config = path / "config.json"
@@ -75,11 +75,16 @@ class SafetensorsCheckpoint:
         self.generation_config: Mapping[str, Any] | None = (
             read_json(generation) if generation.is_file() else None
         )
-        self._slices: dict[str, Any] = {}
-        for file in self._files():
-            self._open(file)
+        self._home: dict[str, SafetensorsFile] = {}
+        for file in map(SafetensorsFile, self._files()):
+            if twice := sorted(self._home.keys() & file.tensors.keys()):
+                raise ModelError(
+                    f"{file.path} holds {', '.join(twice)}, and so does"
+                    f" {self._home[twice[0]].path.name}."
+                )
+            self._home |= dict.fromkeys(file.tensors, file)
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tuple(part.get_shape()) for name, part in self._slices.items()
+            name: file.tensors[name].shape for name, file in self._home.items()
         }
 
     def _files(self) -> list[Path]:
@@ -99,35 +104,8 @@ class SafetensorsCheckpoint:
             raise MissingFileError(f"{self.path} lacks shards of its index: {', '.join(absent)}.")
         return [self.path / name for name in names]
 
-    def _open(self, file: Path) -> None:
-        import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
-        from safetensors import safe_open
-
-        with _named(file):
-            handle = safe_open(file, framework="np")
-            for name in handle.keys():  # noqa: SIM118  (not iterable itself)
-                self._slices[name] = handle.get_slice(name)
-
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        part = self._slices[name]
-        if part.get_dtype() not in DTYPES:
-            raise UnsupportedModelError(
-                f"{name} in {self.path} is stored as {part.get_dtype()};"
-                f" known: {', '.join(DTYPES)}."
-            )
-        with _named(self.path):
-            return part[index]
-
-
-@contextlib.contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Turns the library's error about a damaged file into ours, with the file's name."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+        return self._home[name].read(name, index)
 
 
 def _plain_name(value: object) -> str:

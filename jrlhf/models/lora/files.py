@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrlhf.errors import MissingFileError, MissingWeightError, ModelError, UnsupportedModelError
+from jrlhf.errors import MissingFileError, MissingWeightError
 from jrlhf.models.families import Weight
-from jrlhf.models.hf.reader import DTYPES
+from jrlhf.models.hf.safetensors_file import SafetensorsFile
 from jrlhf.models.hf.writer import replace_file
 from jrlhf.models.lora.config import WEIGHTS_FILE
 from jrlhf.models.lora.plan import Adapter, Target, Weights
@@ -153,7 +153,7 @@ def read(
                 f"shape of {tensor.name} is {value.shape}, expected {tensor.row.hf_shape}"
             )
         else:
-            leaves[tensor.path][tensor.part] = tensor.row.from_hf(value)
+            leaves[tensor.path][tensor.part][tensor.row.inside] = tensor.row.from_hf(value)
     problems += [f"unexpected: {name}" for name in found if name not in used]
     if problems:
         more = len(problems) - _LISTED
@@ -165,20 +165,7 @@ def read(
     return leaves
 
 
-def _load(file: Path) -> dict[str, np.ndarray]:
-    import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    try:
-        with safe_open(file, framework="np") as handle:
-            for name in handle.keys():  # noqa: SIM118  (not iterable itself)
-                kind = handle.get_slice(name).get_dtype()
-                if kind not in DTYPES:
-                    raise UnsupportedModelError(
-                        f"{name} in {file} is stored as {kind}; known: {', '.join(DTYPES)}."
-                    )
-                found[name] = handle.get_tensor(name).astype(np.float32)
-    except SafetensorError as error:
-        raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
-    return found
+def _load(path: Path) -> dict[str, np.ndarray]:
+    file = SafetensorsFile(path)
+    whole = {name: tuple(map(slice, stored.shape)) for name, stored in file.tensors.items()}
+    return {name: file.read(name, index).astype(np.float32) for name, index in whole.items()}

@@ -1,0 +1,181 @@
+"""The container format of safetensors: a JSON header that says where each tensor's bytes lie.
+
+The safetensors package reads it too, but keeps every page that it touched in memory as long as a
+file is open. Here pages are given back after each read, so that loading a model costs the host no
+more than the part being read; and a header that lies is refused with the tensor's name.
+
+References:
+    https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jrlhf.errors import ModelError, UnsupportedModelError
+
+_LENGTH = struct.Struct("<Q")
+# What the safetensors package accepts; a longer header is a lie.
+_LONGEST_HEADER = 100_000_000
+# Of a file that is mapped into memory at a time.
+_BLOCK = 4 * 2**20
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+# What weights are read from. The others are valid, and refused when they are asked for.
+_NUMPY = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as it is stored.
+
+    Attributes:
+        dtype: the format's name of it, e.g. "BF16".
+        shape: its shape.
+        start, stop: where its bytes lie in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
+
+
+class SafetensorsFile:
+    """A safetensors file, mapped into memory.
+
+    Attributes:
+        path: the file.
+        tensors: what it holds, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header and checks all of it.
+
+        Raises:
+            ModelError: the file is damaged or cut short, or its header contradicts itself.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.tensors: Mapping[str, Stored] = _tensors(self._buffer)
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: also not JSON, empty
+            raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A copy of one rectangular part of a tensor.
+
+        Raises:
+            UnsupportedModelError: a type that weights are not read from.
+        """
+        stored = self.tensors[name]
+        if stored.dtype not in _NUMPY:
+            raise UnsupportedModelError(
+                f"{name} in {self.path} is stored as {stored.dtype}; known: {', '.join(_NUMPY)}."
+            )
+        flat = np.frombuffer(self._buffer, _NUMPY[stored.dtype], stored.count, stored.start)
+        if not stored.shape:
+            return flat.reshape(()).copy()
+        view = flat.reshape(stored.shape)[index]
+        part = np.empty(view.shape, view.dtype)
+        # A few columns touch every page of their rows, so rows are taken block by block.
+        size = (stored.stop - stored.start) // max(stored.shape[0], 1)
+        rows = max(_BLOCK // max(size, 1), 1)
+        first, last, _ = index[0].indices(stored.shape[0])
+        for at in range(0, last - first, rows):
+            part[at : at + rows] = view[at : at + rows]
+            start = stored.start + (first + at) * size
+            self._forget(start, min(start + rows * size, stored.stop))
+        return part
+
+    def _forget(self, start: int, stop: int) -> None:
+        """Gives the pages of a range back; the system still has them in its cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._buffer.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+
+def _tensors(buffer: mmap.mmap) -> dict[str, Stored]:
+    """The tensors of a file, from its header. ValueError where it cannot be true."""
+    if len(buffer) < _LENGTH.size:
+        raise ValueError(f"it has {len(buffer)} bytes, fewer than the {_LENGTH.size} of a length")
+    (length,) = _LENGTH.unpack_from(buffer)
+    begin = _LENGTH.size + length
+    if length > _LONGEST_HEADER or begin > len(buffer):
+        raise ValueError(
+            f"its header is said to have {length} bytes, the file has {len(buffer)} in all"
+        )
+    header = json.loads(buffer[_LENGTH.size : begin].decode("utf-8"), object_pairs_hook=_object)
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its __metadata__ is not a table of texts")
+    found = {name: _stored(name, entry, begin) for name, entry in header.items()}
+    at = begin
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if stored.start != at:
+            kind = "overlaps the tensor before it" if stored.start < at else "leaves a hole"
+            raise ValueError(f"{name} begins at byte {stored.start}, which {kind} (expected {at})")
+        at = stored.stop
+    if at != len(buffer):
+        raise ValueError(f"its tensors end at byte {at}, the file at byte {len(buffer)}")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its header names {twice!r} twice")
+    return found
+
+
+def _stored(name: str, entry: Any, begin: int) -> Stored:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
+    if dtype not in _BITS:
+        raise ValueError(f"{name} has dtype {dtype!r}, which the format does not know")
+    shape = _naturals(name, "shape", fields)
+    offsets = _naturals(name, "data_offsets", fields)
+    if len(offsets) != 2:
+        raise ValueError(f"{name} has data_offsets {offsets!r}, expected two")
+    start, stop = offsets
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise ValueError(
+            f"{name}, {dtype} of shape {shape}, needs {bits / 8:g} bytes, and has {stop - start}"
+        )
+    return Stored(dtype, tuple(shape), begin + start, begin + stop)
+
+
+def _naturals(name: str, key: str, fields: Mapping[str, Any]) -> list[int]:
+    value = fields.get(key)
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError(f"{name} has {key} {value!r}, expected a list of whole numbers")
+    return value

@@ -1,0 +1,88 @@
+"""A leaf of the params from the ranges of a checkpoint that its devices want."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jrlhf.models.families.weights import CutInsideError, Weight
+from jrlhf.models.hf.reader import Checkpoint
+from jrlhf.models.match import At
+
+# start and stop per axis
+Bounds = tuple[tuple[int, int], ...]
+Places = Mapping[At, tuple[Weight, str]]
+
+
+def fill(
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+    checkpoint: Checkpoint,
+    places: Places,
+    dtype: str,
+) -> jax.Array:
+    """Makes one leaf.
+
+    Each part is read once, laid on the devices that want it and forgotten before the next is read:
+    the host never holds more than one.
+
+    Args:
+        shape: of the leaf.
+        sharding: of the leaf; this process reads for its own devices.
+        checkpoint: where from.
+        places: which tensor is at each index of the stacked axes.
+        dtype: of the leaf.
+    """
+    owners: dict[Bounds, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        owners.setdefault(bounds, []).append(device)
+    pieces: list[jax.Array] = []
+    for bounds, devices in owners.items():
+        part = _read_part(checkpoint, places, bounds, np.dtype(dtype))
+        for device in devices:
+            home = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+            pieces.append(jax.block_until_ready(jax.device_put(part, home)))
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _read_part(
+    checkpoint: Checkpoint, places: Places, bounds: Bounds, dtype: np.dtype[Any]
+) -> np.ndarray:
+    out = np.zeros(tuple(stop - start for start, stop in bounds), dtype)
+    stacked = len(next(iter(places), ()))
+    for at in itertools.product(*(range(*bound) for bound in bounds[:stacked])):
+        here = out[tuple(i - start for i, (start, _) in zip(at, bounds))]
+        if at not in places:
+            # Only a norm's scale may be absent in a layer that has none: there it acts on nothing.
+            here[...] = 1.0
+            continue
+        row, name = places[at]
+        wanted = tuple(
+            (start, min(stop, size))
+            for (start, stop), size in zip(bounds[stacked:], row.shape, strict=True)
+        )
+        if all(start < stop for start, stop in wanted):  # else all of it is padding
+            held = here[tuple(slice(stop - start) for start, stop in wanted)]
+            held[...] = _read(checkpoint, row, name, wanted)
+    return out
+
+
+def _read(checkpoint: Checkpoint, row: Weight, name: str, bounds: Bounds) -> np.ndarray:
+    """A part of one tensor, in our layout."""
+    try:
+        theirs = row.hf_index(tuple(slice(*bound) for bound in bounds))
+    except CutInsideError as cut:
+        start, stop = bounds[cut.axis]
+        each = (
+            (*bounds[: cut.axis], (i, i + 1), *bounds[cut.axis + 1 :]) for i in range(start, stop)
+        )
+        parts = [_read(checkpoint, row, name, one) for one in each]
+        return np.concatenate(parts, axis=cut.axis)
+    sizes = tuple(stop - start for start, stop in bounds)
+    return row.from_hf(checkpoint.read(name, theirs), sizes)
