@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Iterator[tuple[str, ...]]]
         ("model_type", "flags", "logits", "loss", "gradients", "greedy tokens", "export"),
         decoder_rows,
     ),
-    "encoders": (("model_type", "flags", "scores", "loss", "gradients", "export"), encoder_rows),
+    "encoders": (("family", "flags", "scores", "loss", "gradients", "export"), encoder_rows),
 }
 
 
