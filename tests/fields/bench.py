@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -109,6 +110,14 @@ class Bench:
         self._models = {"sft": made, "dpo": made, "grpo": made, "ppo": value, "reward": judge}
         self._directory, self._number = directory, itertools.count()
 
+    @functools.cached_property
+    def experts(self) -> Model:
+        """A model whose router wants to be balanced, with a weight of a quarter."""
+        sizes = {"model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}
+        config = {**CONFIG, **sizes, "num_hidden_layers": 1, "router_aux_loss_coef": 0.25}
+        mesh = make_mesh("data=1", devices=jax.devices()[:1])
+        return AutoModelForCausalLM.from_config(config, mesh=mesh, tokenizer=self.tokenizer)
+
     def model(self, face: str) -> Model:
         """A model for a trainer, on one device; a copy, for training may give its arrays away."""
         one = self._models[face]
@@ -163,16 +172,11 @@ def router_is_balanced(bench: Bench, face: str) -> None:
 
     What it does to a loss is shown in tests/trainers/test_router_loss.py.
     """
-    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}
-    config = {**CONFIG, **experts, "router_aux_loss_coef": 0.25}
-    model = AutoModelForCausalLM.from_config(config, tokenizer=bench.tokenizer)
-    mesh = make_mesh("data=1", devices=jax.devices()[:1])
 
     def weight(**fields: Any) -> float:
-        given = {"model": model}
+        given = {"model": bench.experts}
         return bench.trainer(face, given=given, **fields)._loss.keywords["balance"]
 
-    model.to_mesh(mesh)
     assert weight() == 0.25
     assert weight(router_aux_loss_coef=0.5) == 0.5
     assert weight(router_aux_loss_coef=0.0) == 0.0

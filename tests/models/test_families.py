@@ -81,9 +81,9 @@ def test_every_decoder_is_a_classifier_of_any_number_of_labels(family, head, lab
 
     out = jax.eval_shape(scores, net.abstract(), ids, lengths)
     assert out.shape == ((2, labels) if head == "classifier" else (2, 9, labels))
-    shapes = {row.name: row.hf_shape for row in family_of(spec).weights(spec)}
-    assert shapes["score.weight"] == (labels, spec.hidden_size)
-    assert ("score.bias" in shapes) == (head == "tokens")
+    rows = {row.path: row for row in family_of(spec).weights(spec)}
+    assert rows["score", "kernel"].hf_shape == (labels, spec.hidden_size)
+    assert (("score", "bias") in rows) == (head == "tokens")
     written = config_from_spec(spec)
     assert len(written["id2label"]) == labels
     kind = "Sequence" if head == "classifier" else "Token"
