@@ -23,6 +23,7 @@ _PRE_TOKENIZERS: dict[str, tuple[str | None, bool, bool]] = {
     "qwen2": (_GPT4 % "", False, False),
 }
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_SPACE = "\u2581"
 
 
 def tokenizer_backend(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -35,23 +36,20 @@ def tokenizer_backend(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         TokenizerError: a tokenizer model or pre-tokenizer that is not implemented.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import AddedToken
 
     metadata = GGUFFile(path)
     kind = metadata.need("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind not in _MODELS:
         raise TokenizerError(
-            f"{path} has tokenizer model {kind!r}; of GGUF files, byte-level BPE (gpt2) is"
-            " implemented. Give the Hugging Face tokenizer's directory instead."
+            f"{path} has tokenizer model {kind!r}; of GGUF files are implemented:"
+            f" {', '.join(_MODELS)}. Give the Hugging Face tokenizer's directory instead."
         )
-    pre, ignore_merges = _pre_tokenizer(metadata)
     words: list[str] = metadata.need("tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.need("tokenizer.ggml.merges")]
-    vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))  # type: ignore[arg-type]
-    tokenizer.pre_tokenizer = pre
-    tokenizer.decoder = decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(words))
+    if len(types) != len(words):
+        raise TokenizerError(f"{path} has {len(words)} tokens and types of {len(types)}.")
+    tokenizer = _MODELS[kind](metadata, words, types)
     # In the order of their ids, so that none gets a new id.
     for word, token_type in zip(words, types, strict=True):
         if token_type == _CONTROL:
@@ -61,6 +59,57 @@ def tokenizer_backend(path: Path) -> tuple[Any, dict[str, Any]]:
     settings = _settings(metadata, words)
     _add_template(tokenizer, metadata, settings)
     return tokenizer, settings
+
+
+def _byte_level(metadata: GGUFFile, words: list[str], types: list[int]) -> Any:
+    """Byte-level BPE: GPT-2, Llama 3, Qwen, SmolLM."""
+    from tokenizers import Tokenizer, decoders, models
+
+    pre, ignore_merges = _pre_tokenizer(metadata)
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata.need("tokenizer.ggml.merges")]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))  # type: ignore[arg-type]
+    tokenizer.pre_tokenizer = pre
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(metadata: GGUFFile, words: list[str], types: list[int]) -> Any:
+    """sentencepiece's BPE, with bytes for what is not in the vocabulary: Llama 1 and 2, Gemma.
+
+    It joins the two neighbours whose union has the best score. Such a file has scores and no
+    merges, so every way to halve a token is one, in the order of the scores.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = metadata.need("tokenizer.ggml.scores")
+    if len(scores) != len(words):
+        raise TokenizerError(f"{metadata.path} has {len(words)} tokens and {len(scores)} scores.")
+    vocab = {word: i for i, word in enumerate(words)}
+    joined = {i for i, kind in enumerate(types) if kind in (_NORMAL, _USER_DEFINED)}
+    known = {words[i] for i in joined}
+    merges = [
+        (words[i][:cut], words[i][cut:])
+        for i in sorted(joined, key=lambda i: -scores[i])
+        for cut in range(1, len(words[i]))
+        if words[i][:cut] in known and words[i][cut:] in known
+    ]
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token=words[unknown], fuse_unk=True, byte_fallback=True)
+    )
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend(_SPACE))
+        back.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.decoder = decoders.Sequence(back)
+    return tokenizer
+
+
+# tokenizer.ggml.model -> what makes the tokenizer
+_MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
 def _pre_tokenizer(metadata: GGUFFile) -> tuple[Any, bool]:
@@ -99,8 +148,9 @@ def _add_template(tokenizer: Any, metadata: GGUFFile, settings: Mapping[str, Any
     """Makes the tokenizer add BOS and EOS where the file says so."""
     from tokenizers import processors
 
-    # llama.cpp adds BOS for llama-bpe even when the file is silent.
+    # llama.cpp adds BOS for these even when the file is silent.
     by_default = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    by_default = by_default or metadata.get("tokenizer.ggml.model") == "llama"
     before = metadata.get("tokenizer.ggml.add_bos_token", by_default) and settings.get("bos_token")
     after = metadata.get("tokenizer.ggml.add_eos_token", False) and settings.get("eos_token")
     if not before and not after:

@@ -159,7 +159,8 @@ def test_bos_and_eos_are_added_where_the_file_says_so(tmp_path, options, before,
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"pre": "smollmm"}, 'mean "smollm"'), ({"model": "llama"}, "gpt2")]
+    ("options", "message"),
+    [({"pre": "smollmm"}, 'mean "smollm"'), ({"model": "bert"}, "gpt2, llama")],
 )
 def test_other_tokenizers_are_refused_by_name(tmp_path, options, message):
     with pytest.raises(TokenizerError, match=message):
