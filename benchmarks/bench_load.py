@@ -136,7 +136,7 @@ def measure(directory: Path, dtype: str) -> dict[str, Any]:
     }
     command = [sys.executable, __file__, "--child", str(directory), "--dtype", dtype]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=1200
+        command, env=environment, capture_output=True, text=True, check=False, timeout=3600
     )
     if done.returncode:
         raise RuntimeError(done.stderr)

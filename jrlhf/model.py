@@ -105,7 +105,11 @@ class Model:
         return self.net
 
     def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        """Parameters of the model; padding of the vocabulary does not count."""
+        params = self.params
+        return sum(leaf.size for leaf in jax.tree.leaves(params)) - vocabulary.padded_entries(
+            self.net, params
+        )
 
     def __call__(
         self,

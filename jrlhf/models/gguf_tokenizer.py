@@ -98,8 +98,8 @@ def _sentencepiece(metadata: GGUFFile, words: list[str], types: list[int]) -> An
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token=words[unknown], fuse_unk=True, byte_fallback=True)
     )
-    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
-    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend(_SPACE))
         back.append(decoders.Strip(" ", 1, 0))

@@ -69,6 +69,7 @@ def test_padding_changes_no_logit_no_loss_no_gradient_and_no_sample(tmp_path, ca
     plain = loaded(tmp_path, CASES[case])
     padded = loaded(tmp_path, CASES[case], pad_vocab_to_multiple_of=64)
     assert (padded.net.spec.vocab_size, padded.net.spec.vocab_padding) == (V, 24)
+    assert padded.num_parameters() == plain.num_parameters()
     ids = BATCH["ids"][:, :4]
 
     expected, found = plain(ids).logits, padded(ids).logits
