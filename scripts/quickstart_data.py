@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
     sft: int = 2000
     pairs: int = 2200  # two rows each
     prompts: int = 1200
-    heldout_prompts: int = 128
+    heldout_prompts: int = 192
     heldout_reviews: int = 128
     judge: int = 12000
 
