@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jrlhf.models.families import FAMILIES, family_of, spec_from_config
+from jrlhf.models.families.weights import Part
 from jrlhf.models.pieces import _read, fill
 from tests.models.test_families import SMALL
 
@@ -75,6 +76,25 @@ def test_a_part_is_read_from_its_ranges_alone(family):
             apart = row.part is not None and row.part.outer > 1
             most = row.part.total // row.part.size if apart else 1
             assert memory.read_entries <= most * cut.size
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ((0, 4), (4, 8)),  # a whole stripe
+        ((5, 7), (17, 19)),  # inside of the second
+        ((4, 12), (12, 36)),  # two whole stripes, and what lies between them
+        ((2, 5), None),  # the end of one and the beginning of the next
+        ((4, 9), None),
+    ],
+)
+def test_where_the_stripes_of_a_fused_tensor_lie(wanted, found):
+    part = Part(axis=0, outer=3, start=4, size=4, total=12)
+    if found is not None:
+        assert part.index(*wanted) == slice(*found)
+        return
+    with pytest.raises(ValueError, match="cuts stripes of 4"):
+        part.index(*wanted)
 
 
 def test_devices_read_the_parts_of_a_fused_encoder_weight_once_each():
