@@ -19,6 +19,7 @@ from jrlhf.errors import ConfigError, ModelError
 from jrlhf.models import attend, hub
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
+from jrlhf.models.encoder_spec import AnySpec
 from jrlhf.models.families import Weight, config_from_spec, spec_from_config
 from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
@@ -124,21 +125,32 @@ def load_pretrained(
     )
     spec = attend.choose_for(spec, attention, platform)
     net = net_of(spec)
-    names = match(checkpoint, spec)
     abstract = net.abstract()
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = shardings(net, abstract) if shardings else jax.tree.map(lambda _: one, abstract)
     leaves = flatten(placed)
-    filled: dict[Keys, jax.Array] = {}
-    for path, leaf in flatten(abstract).items():
+    filled = _fill_all(checkpoint, spec, flatten(abstract), leaves, param_dtype)
+    new = [path for path in leaves if path not in filled]
+    filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
+    return net, nest(filled), Source.of(checkpoint)
+
+
+def _fill_all(
+    checkpoint: Checkpoint,
+    spec: AnySpec,
+    abstract: Mapping[Keys, Any],
+    shardings: Mapping[Keys, Any],
+    dtype: str,
+) -> dict[Keys, jax.Array]:
+    """The leaves that the checkpoint has."""
+    names, filled = match(checkpoint, spec), {}
+    for path, leaf in abstract.items():
         places = {
             at: (row, names[name]) for row, name, at in places_of(spec, path) if name in names
         }
         if places or leaf.size == 0:
-            filled[path] = _fill(leaf.shape, leaves[path], checkpoint, places, param_dtype)
-    new = [path for path in leaves if path not in filled]
-    filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
-    return net, nest(filled), Source.of(checkpoint)
+            filled[path] = _fill(leaf.shape, shardings[path], checkpoint, places, dtype)
+    return filled
 
 
 def _trunk_layers(unfrozen: int, layers: int) -> int:

@@ -54,10 +54,7 @@ def outputs(
         Everything that is not a scored token is exactly 0.
     """
     lead, rows = _rows(batch)
-    if routing:
-        hidden, visits = _routed(net, params, rows)
-    else:
-        hidden, visits = _hidden(net, params, rows, trunk=rows.get("trunk")), None
+    hidden, visits = _policy_hidden(net, params, rows, routing)
     if isinstance(net, EncoderNet) or net.spec.head == "classifier":
         scores = net.scores(params, hidden, rows["lengths"])
         labels = scores.shape[-1:] if scores.shape[-1] > 1 else ()
@@ -76,18 +73,18 @@ def outputs(
         softcap=net.spec.final_softcap,
         entropy=entropy,
     )
-    values = net.values(params, hidden) if net.spec.value_head and value_net is None else None
+    values = None
     if value_net is not None:
         states = _states(_hidden(value_net, value_params, rows), rows)
         values = value_net.values(value_params, states)
+    elif net.spec.value_head:
+        values = net.values(params, hidden)
 
-    def shaped(x: Array | None) -> Array | None:
-        if x is None:
-            return None
+    def shaped(x: Array) -> Array:
         return jnp.where(real, x.reshape(real.shape), 0.0).reshape(lead + real.shape[1:])
 
     found = Outputs(logps, spread if entropy else None, correct, values)
-    return Outputs(*(shaped(x) for x in found[:4]))._replace(routing=visits)  # type: ignore[arg-type]
+    return jax.tree.map(shaped, found)._replace(routing=visits)
 
 
 def _rows(batch: Batch) -> tuple[tuple[int, ...], dict[str, Array]]:
@@ -129,9 +126,12 @@ def _hidden(
     )
 
 
-def _routed(
-    net: AnyNet, params: PyTree, rows: dict[str, Array]
-) -> tuple[Float[Array, "b s d"], Routing]:
+def _policy_hidden(
+    net: AnyNet, params: PyTree, rows: dict[str, Array], routing: bool
+) -> tuple[Float[Array, "b s d"], Routing | None]:
+    """Hidden states, and where tokens went if that is asked for."""
+    if not routing:
+        return _hidden(net, params, rows, trunk=rows.get("trunk")), None
     assert isinstance(net, Net)
     names = ("lengths", "segments", "positions", "trunk", "dropout")
     return net.hidden_and_routing(params, rows["ids"], **{name: rows.get(name) for name in names})

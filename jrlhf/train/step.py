@@ -37,11 +37,9 @@ def make_step(
     """Compiles (on first use) state, frozen, batch -> state, metrics.
 
     The gradient is that of sum(totals) / sum(weights) over the whole batch, so it does not depend
-    on how the batch is cut into micro-batches or over devices. A router's load balance is a product
-    of two means over the whole batch; with several micro-batches a forward pass over all of them
-    counts the visits first, so that it does not depend on the cut either. Where the gradient is not
-    finite, or the weights are all 0, the update is left out: params and optimizer state stay as
-    they are, bit by bit, `skipped` counts one more, and the schedule does not move on.
+    on how the batch is cut into micro-batches or over devices. Where it is not finite, or the
+    weights are all 0, the update is left out: params and optimizer state stay as they are, bit by
+    bit, `skipped` counts one more, and the schedule does not move on.
 
     Args:
         loss: of (trainable params, frozen params, batch); totals and weights, nothing divided.
@@ -180,7 +178,11 @@ def _share(out: Loss, whole: Loss) -> Float[Array, ""]:
 
 
 def _count(loss: LossFn, params: PyTree, frozen: PyTree, micro: Batch, nothing: Loss) -> Loss:
-    """The whole batch's weight and routing, by a forward pass. All else in it is dead code."""
+    """The whole batch's weight and routing, by a forward pass. All else in it is dead code.
+
+    A load balance is a product of two means over the whole batch. Only one of them has a gradient,
+    so once the other is known the micro-batches' gradients add up as they should.
+    """
 
     def body(sums: Loss, batch: Batch) -> tuple[Loss, None]:
         out = loss(params, frozen, batch)

@@ -109,19 +109,14 @@ class Trainer:
         placed = self._trees(lambda model: _placed(model, mesh))
         self._shardings = state_shardings(self._tx, trainable, placed)
         balance = balancing_coefficient(self.model.net.spec, router_aux_loss_coef)
-        loss = functools.partial(actor.loss, self.args, entropy=entropy, balance=balance)
-        self._loss = loss
+        self._loss = functools.partial(actor.loss, self.args, entropy=entropy, balance=balance)
         step = make_step(
-            loss,
-            self._tx,
+            self._loss, self._tx, mesh=mesh, shardings=self._shardings, schedule=schedule,
             accumulate=self.args.gradient_accumulation_steps,
             max_grad_norm=self.args.max_grad_norm,
-            mesh=mesh,
-            shardings=self._shardings,
-            schedule=schedule,
             dropout=adapters.dropout_seed(self.model, self.args.seed, wanted=dropout),
-        )
-        self._sums = make_evaluation(loss, mesh=mesh)
+        )  # fmt: skip
+        self._sums = make_evaluation(self._loss, mesh=mesh)
         self._frozen, self._evaluation = frozen, evaluation
         self._loop = Loop(
             args=self.args,
