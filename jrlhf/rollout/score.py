@@ -59,9 +59,7 @@ def outputs(
         scores = net.scores(params, hidden, rows["lengths"])
         labels = scores.shape[-1:] if scores.shape[-1] > 1 else ()
         return Outputs(scores=scores.reshape(lead + labels))
-
-    real = _scored(rows)
-    hidden = _states(hidden, rows)
+    real, hidden = _scored(rows), _states(hidden, rows)
     targets = rows["ids"]
     if "slots" in rows:
         targets = jnp.take_along_axis(targets, rows["slots"], axis=1)
