@@ -270,7 +270,8 @@ def test_each_layer_gets_the_kernel_of_its_own_window(size):
     np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
     how = How("splash_interpret", "float32", Scoring(), (9, 20, NO_WINDOW))
     alone = jax.make_jaxpr(lambda q: attend(q, k, v, None, np.int32(size), None, how=how))(q)
-    assert str(alone).count("pallas_call[") == 1  # its window is known: no other kernel is there
+    # Its window is known: no other kernel is in its program.
+    assert str(alone).count("pallas_call[") == 1
 
 
 @pytest.mark.parametrize(("kv", "shape"), [(2, "data=2,tensor=4"), (4, "fsdp=2,tensor=2,data=2")])
