@@ -19,8 +19,8 @@ from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.model import Model as Model
 from jrlhf.model import ModelOutput as ModelOutput
 from jrlhf.models import hub
-from jrlhf.models.build import Params, linear_maps
-from jrlhf.models.build_encoder import AnyNet, net_of
+from jrlhf.models.build import linear_maps
+from jrlhf.models.build_encoder import net_of
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.models.lora.config import base_of
@@ -119,10 +119,6 @@ class _Auto:
         shardings = None if placed is None else params_shardings(net, net.abstract(), placed)
         params = jax.jit(net.init, out_shardings=shardings)(jax.random.key(seed))
         return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
-
-
-def _layout(net: AnyNet, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
-    return params_shardings(net, abstract, mesh)
 
 
 def _with_adapter(model: Model, directory: str | Path) -> Model:

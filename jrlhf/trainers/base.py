@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jrlhf.data.rows import Rows
-from jrlhf.errors import ConfigError
+from jrlhf.data.rows import Rows, sequences
+from jrlhf.errors import ConfigError, DataError
 from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
 from jrlhf.rollout.score import Actor
@@ -101,6 +101,7 @@ class Trainer:
             value_model: a separate value model, trained with the policy.
             dropout: whether a training step drops inputs of adapters, as they ask for.
         """
+        _check_vocabulary(source, self.model)
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps = total_steps
         trainable, frozen = self._split()
@@ -225,6 +226,19 @@ def _placed(model: Model, mesh: jax.sharding.Mesh) -> PyTree:
     """Shardings of a model's trainable parameters."""
     trainable = partition(model.net.abstract(), model.net)[0]
     return params_shardings(model.net, trainable, mesh)
+
+
+def _check_vocabulary(source: Any, model: Model) -> None:
+    """An id beyond the embedding is clamped on the device: another word is trained on."""
+    rows = getattr(getattr(source, "loader", None), "rows", None)
+    if not isinstance(rows, Rows):
+        return
+    highest = max(int(ids.max(initial=0)) for row in rows for ids in sequences(row))
+    if highest >= model.net.spec.vocab_size:
+        raise DataError(
+            f"The train dataset has token {highest}, the model 0 to {model.net.spec.vocab_size - 1}"
+            ". Is the tokenizer the model's, and without added tokens?"
+        )
 
 
 def _data(source: Any) -> dict[str, str]:
