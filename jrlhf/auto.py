@@ -21,8 +21,8 @@ from jrlhf.model import ModelOutput as ModelOutput
 from jrlhf.models import hub
 from jrlhf.models.attend import choose_for, named
 from jrlhf.models.axes import platform_of
-from jrlhf.models.build import Params, linear_maps
-from jrlhf.models.build_encoder import AnyNet, net_of
+from jrlhf.models.build import linear_maps
+from jrlhf.models.build_encoder import net_of
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.models.lora.config import base_of
@@ -139,10 +139,6 @@ class _Auto:
 
 def _platform(mesh: jax.sharding.Mesh | None) -> str | None:
     return None if mesh is None else platform_of(mesh.devices.flat[0])
-
-
-def _layout(net: AnyNet, abstract: Params, *, mesh: jax.sharding.Mesh) -> Any:
-    return params_shardings(net, abstract, mesh)
 
 
 def _with_adapter(model: Model, directory: str | Path) -> Model:

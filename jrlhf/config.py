@@ -162,6 +162,8 @@ class TrainingConfig:
         _check(0 <= self.warmup_ratio <= 1, self, "warmup_ratio", "must lie in [0, 1]")
         _check(self.eval_steps is None or self.eval_steps >= 1, self, "eval_steps",
                "must be at least 1")  # fmt: skip
+        if hasattr(self, "max_length"):  # of the offline trainers
+            check_counts(self, "max_length")
         _check(self.max_steps > 0 or self.num_train_epochs > 0, self, "num_train_epochs",
                "must be positive unless max_steps is")  # fmt: skip
         _check(self.hub_model_id is None or HUB_ID.fullmatch(self.hub_model_id) is not None, self,
@@ -171,6 +173,13 @@ class TrainingConfig:
 def _check(ok: bool, owner: Any, name: str, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{type(owner).__name__}.{name} {rule}, got {getattr(owner, name)!r}.")
+
+
+def check_counts(cfg: Any, *names: str) -> None:
+    """Raises ConfigError unless each of the fields is None or at least 1."""
+    for name in names:
+        value = getattr(cfg, name)
+        _check(value is None or value >= 1, cfg, name, "must be at least 1")
 
 
 def refuse_changed(cfg: Any, reasons: Mapping[str, str]) -> None:
@@ -325,6 +334,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     def mapping(loader: Any, node: Any, deep: bool = False) -> dict:
         keys = [loader.construct_object(k, deep=deep) for k, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):  # also yes, no, on and off, which YAML reads as bools
+                raise ConfigError(
+                    f"{file}: the name {key!r} (line {node.start_mark.line + 1}) is a "
+                    f"{type(key).__name__}; names are text."
+                )
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
             raise ConfigError(
@@ -335,6 +350,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         loaded = Loader(file.read_text(encoding="utf-8")).get_single_data()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if loaded is None:

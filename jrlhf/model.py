@@ -19,6 +19,7 @@ from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.models.families import config_from_spec
 from jrlhf.models.halves import restack
 from jrlhf.models.load import Source, save_pretrained
+from jrlhf.models.spec import DecoderSpec
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.rollout.encode import classify_like_transformers
 from jrlhf.rollout.generate import generate_like_transformers
@@ -133,6 +134,7 @@ class Model:
         if ids.ndim != 2:
             raise ModelError(f"input_ids must be [rows, tokens], got shape {ids.shape}.")
         mask = jnp.ones_like(ids) if attention_mask is None else _ints(attention_mask)
+        _check_inputs(self.net.spec, ids, mask)
         if isinstance(self.net, EncoderNet):
             return ModelOutput(
                 classify_like_transformers(
@@ -143,6 +145,7 @@ class Model:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         else:
             positions = _ints(position_ids)
+        _check_positions(self.net.spec, positions)
         return _forward(self.net, self.params, ids, mask, positions, self.mesh)
 
     def generate(
@@ -331,6 +334,27 @@ class Model:
         if self.mesh is not None:
             changed.to_mesh(self.mesh)
         return changed
+
+
+def _check_inputs(spec: Any, ids: jax.Array, mask: jax.Array) -> None:
+    """An index out of range is clamped on the device: wrong numbers without a word."""
+    if mask.shape != ids.shape:
+        raise ModelError(f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape.")
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < 0 or high >= spec.vocab_size:
+        raise ModelError(
+            f"input_ids go from {low} to {high}; this {spec.model_type} has tokens 0 to "
+            f"{spec.vocab_size - 1}. Are they of its tokenizer?"
+        )
+
+
+def _check_positions(spec: DecoderSpec, positions: jax.Array) -> None:
+    high = int(positions.max()) if positions.size else 0
+    if spec.positions == "learned" and high >= spec.max_position_embeddings:
+        raise ModelError(
+            f"position_ids go up to {high}; this {spec.model_type} has learned positions for "
+            f"{spec.max_position_embeddings} tokens. Cut the text."
+        )
 
 
 def _ints(x: Any) -> jax.Array:

@@ -64,8 +64,18 @@ def parse(argv: list[str], *classes: type, verb: str) -> list[Any]:
     for name in values:
         if name not in owner:
             _refuse(name, owner, classes, where=str(path))
+    for name in flags:  # a flag wins over the file, by whatever name the file has the field
+        for other in [n for n in values if _field(n, owner) == _field(name, owner)]:
+            del values[other]
     values.update(flags)
     return [cls(**{k: v for k, v in values.items() if owner[k] is cls}) for cls in classes]
+
+
+def _field(name: str, owner: dict[str, type]) -> tuple[type, str]:
+    """The class and the field that a name, old or short, means."""
+    cls = owner[name]
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls, name if name in known else aliases(cls)[name]
 
 
 def _refuse(name: str, owner: dict[str, type], classes: tuple[type, ...], *, where: str) -> None:
@@ -93,6 +103,8 @@ def _flags(argv: list[str], owner: dict[str, type]) -> dict[str, Any]:
         if name in out:
             raise ConfigError(f"--{name} is given twice.")
         given = [value] if equals else []
+        if name == "config" and given == [""]:
+            raise ConfigError("--config needs a value.")
         if not equals:
             while words and not words[0].startswith("--"):
                 given.append(words.pop(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jrlhf.commands.arguments import parse
-from jrlhf.config import config
+from jrlhf.config import check_counts, config
 from jrlhf.errors import ConfigError
 
 
@@ -49,6 +49,9 @@ class EvaluateConfig:
     mesh: dict[str, int] | str | None = None
     bf16: bool = False
 
+    def __post_init__(self) -> None:
+        check_counts(self, "max_new_tokens", "rows", "max_length", "judge_words")
+
 
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, EvaluateConfig, verb="evaluate")
@@ -58,16 +61,16 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"jrlhf evaluate: {name}={value!r} is not a file.")
     from jrlhf import report
     from jrlhf.auto import AutoModelForCausalLM
-    from jrlhf.commands.scoring import policy_arm
+    from jrlhf.commands.scoring import policy_arm, texts_of
     from jrlhf.data.encode import Encoder
-    from jrlhf.data.sources import load_rows
     from jrlhf.sharding.mesh import make_mesh
     from jrlhf.trainers.online import reward_model
 
     mesh = make_mesh(cfg.mesh)
+    prompts = texts_of(cfg.prompts, "prompt", name="prompts")
+    raw = [] if cfg.texts is None else texts_of(cfg.texts, "text", name="texts")
     judges = report.sentiment_judges(cfg.judge_rows, calibrate_words=cfg.judge_words)
     print("  judges: fitted", flush=True)
-    prompts = [row["prompt"] for row in load_rows(cfg.prompts, name="prompts")]
     dtype = "bfloat16" if cfg.bf16 else "float32"
     before, after = (
         AutoModelForCausalLM.from_pretrained(name, mesh=mesh, dtype=dtype)
@@ -75,10 +78,7 @@ def main(argv: list[str]) -> int:
     )
     encoder = Encoder(before.tokenizer)
     ids = [row.tolist() for row in encoder.texts(prompts)]
-    texts: list[list[int]] = []
-    if cfg.texts is not None:
-        raw = [row["text"] for row in load_rows(cfg.texts, name="texts")]
-        texts = [row.tolist()[: cfg.max_length] for row in encoder.texts(raw, eos=True)]
+    texts = [row.tolist()[: cfg.max_length] for row in encoder.texts(raw, eos=True)] if raw else []
     scorer = reward_model(
         cfg.reward_model_path, before.tokenizer, mesh=mesh, rows=cfg.rows, dtype=dtype
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.commands.arguments import parse
-from jrlhf.config import config
+from jrlhf.config import check_counts, config
 from jrlhf.errors import ConfigError
 
 
@@ -26,6 +26,7 @@ class GenerateConfig:
         temperature: of sampling.
         top_k: 0 is off.
         top_p: 1 is off.
+        min_p: 0 is off.
         repetition_penalty: 1 is off.
         stop_strings: a completion ends after any of these.
         rows: rows per call of the sampler.
@@ -44,6 +45,7 @@ class GenerateConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_strings: list[str] | None = None
     rows: int = 32
@@ -52,6 +54,9 @@ class GenerateConfig:
     dtype: str = "float32"
 
     SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_new_tokens", "rows")
 
 
 def rows_of(cfg: GenerateConfig) -> Any:
@@ -87,7 +92,8 @@ def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
     tokenizer = model.tokenizer
     sampling = SamplingParams(
         max_new_tokens=cfg.max_new_tokens, do_sample=cfg.do_sample, temperature=cfg.temperature,
-        top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
+        top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
         eos_token_ids=tuple(online.eos_ids(model, tokenizer)), pad_token_id=setup.pad_id(tokenizer),
     )  # fmt: skip
     return Engine(
@@ -101,9 +107,10 @@ def main(argv: list[str]) -> int:
     rows = rows_of(cfg)
     from jrlhf.data.tokenize import prompt_rows
 
+    if cfg.output is not None:
+        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     model = load(cfg)
-    room = model.net.spec.max_position_embeddings - cfg.max_new_tokens
-    prompts: Any = prompt_rows(rows, model.tokenizer, max_prompt_length=room)
+    prompts: Any = prompt_rows(rows, model.tokenizer, name="prompts")
     done = sampler(cfg, model, count=len(prompts)).generate(
         model.params, [row["ids"].tolist() for row in prompts], seed=cfg.seed, role="generate"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.commands.arguments import parse
-from jrlhf.config import config
+from jrlhf.config import check_counts, config
 from jrlhf.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ class LabelConfig:
     Attributes:
         model_name_or_path: the policy that writes.
         reward_model_path: the reward model that orders.
-        dataset_name: rows with a column prompt.
+        dataset_name: rows with a column prompt (text).
         output: JSONL of prompt, chosen, rejected and their margin.
         max_prompts: use so many prompts; None: all.
         num_generations: completions per prompt; the best and the worst make the pair.
@@ -43,6 +43,11 @@ class LabelConfig:
     mesh: dict[str, int] | str | None = None
     bf16: bool = False
 
+    SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_prompts", "max_new_tokens", "rows")
+
 
 def parts(cfg: LabelConfig) -> tuple[Any, Any, Any]:
     """The policy, its sampler and the judge."""
@@ -66,11 +71,10 @@ def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, LabelConfig, verb="label")
     if cfg.num_generations < 2:
         raise ConfigError(f"num_generations={cfg.num_generations}: a pair needs at least 2.")
-    from jrlhf.commands.scoring import rewards_of, say_sampled
+    from jrlhf.commands.scoring import rewards_of, say_sampled, texts_of
     from jrlhf.data.encode import Encoder
-    from jrlhf.data.sources import load_rows
 
-    prompts = [row["prompt"] for row in load_rows(cfg.dataset_name)][: cfg.max_prompts]
+    prompts = texts_of(cfg.dataset_name, "prompt", name="prompts")[: cfg.max_prompts]
     model, engine, judge = parts(cfg)
     group = cfg.num_generations
     ids = [row.tolist() for row in Encoder(model.tokenizer).texts(prompts) for _ in range(group)]

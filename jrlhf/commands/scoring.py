@@ -8,6 +8,22 @@ from typing import Any
 import numpy as np
 
 
+def texts_of(source: str, column: str, *, name: str) -> list[str]:
+    """One column of a dataset, checked to be there and to hold text.
+
+    Raises:
+        MissingColumnError: it is not there.
+        DataError: a cell of it holds something else.
+    """
+    from jrlhf.data.cells import places, text_cell
+    from jrlhf.data.sources import load_rows, require_columns
+
+    rows = list(load_rows(source, name=name))
+    require_columns(rows[0], [(column,)], name=name)
+    where = places(name, 0, rows)
+    return [text_cell(row, column, at) for row, at in zip(rows, where, strict=True)]
+
+
 def sequence_logps(
     model: Any,
     rows: Sequence[Sequence[int]],

@@ -72,7 +72,10 @@ def start() -> None:
 def run(trainer: Any) -> int:
     """Trains, saves the model to output_dir/model and the config beside it."""
     target = Path(trainer.args.output_dir)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(target)!r} cannot be made: {error}.") from None
     written = json.dumps(to_dict(trainer.args), indent=1, default=str)
     (target / "config.json").write_text(written, encoding="utf-8")
     trainer.train()

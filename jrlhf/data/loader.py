@@ -83,7 +83,8 @@ class Order:
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     # Raw Philox output is stable over numpy versions; Generator.permutation is not promised to be.
-    keys = np.random.Philox(key=[seed & 0xFFFF_FFFF_FFFF_FFFF, epoch]).random_raw(n)
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch], np.uint64)  # of a list, floats may come
+    keys = np.random.Philox(key=key).random_raw(n)
     order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
     return order

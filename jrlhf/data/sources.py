@@ -216,11 +216,12 @@ def require_columns(row: Mapping[str, Any], wanted: Iterable[Iterable[str]], *, 
         return
     found = list(row)
     needed = " | ".join(" + ".join(columns) for columns in alternatives)
+    spare = [column for column in found if all(column not in names for names in alternatives)]
     hints = dict.fromkeys(
-        hint
+        f' Is "{near[0]}" the column {column}?'
         for columns in alternatives
         for column in columns
-        if column not in row and (hint := suggest(column, found))
+        if column not in row and (near := difflib.get_close_matches(column, spare, n=1))
     )
     raise MissingColumnError(
         f"The {name} dataset has the columns {found}; needed: {needed}.{''.join(hints)}"

@@ -87,6 +87,7 @@ def save(evaluation: Evaluation, path: str | Path) -> Path:
     """Writes `evaluation` as JSON; refuses numbers that are not finite."""
     path = Path(path)
     text = json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates become "?"
     return path
 

@@ -228,6 +228,11 @@ class Engine:
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise DataError(f"Prompt {i} has no tokens; the model needs at least one (a BOS).")
+            if not 0 <= min(prompt) <= max(prompt) < self.net.spec.vocab_size:
+                raise DataError(
+                    f"Prompt {i} has tokens from {min(prompt)} to {max(prompt)}, the model 0 to "
+                    f"{self.net.spec.vocab_size - 1}. Is the tokenizer the model's?"
+                )
             if width is not None and len(prompt) > width:
                 raise PromptTooLongError(
                     f"Prompt {i} has {len(prompt)} tokens, prompt_length is {width}."

@@ -56,7 +56,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
-            "temperature": (self.temperature > 0, "must be positive; do_sample=False is greedy"),
+            "temperature": (
+                self.temperature > 0,
+                "must be positive (do_sample=False is greedy)",
+            ),
             "top_k": (self.top_k >= 0, "must not be negative; 0 is off"),
             "top_p": (0 < self.top_p <= 1, "must lie in (0, 1]; 1 is off"),
             "min_p": (0 <= self.min_p <= 1, "must lie in [0, 1]; 0 is off"),

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jrlhf.data.rows import Rows
-from jrlhf.errors import ConfigError
+from jrlhf.data.rows import Rows, sequences
+from jrlhf.errors import ConfigError, DataError
 from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
 from jrlhf.models.moe import balancing_coefficient
@@ -104,6 +104,7 @@ class Trainer:
             router_aux_loss_coef: weight of a router's load-balancing loss; None: the model's own.
             dataset: the training set as it was given, for the model's card.
         """
+        _check_vocabulary(source, self.model)
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps, self._evaluation = total_steps, evaluation
         self._dataset = publish.hub_name(dataset)
@@ -294,6 +295,19 @@ def _placed(model: Model) -> PyTree:
 def _axes(model: Model) -> PyTree:
     """The axis names of what is trained."""
     return partition(model.net.axes(), model.net)[0]
+
+
+def _check_vocabulary(source: Any, model: Model) -> None:
+    """An id beyond the embedding is clamped on the device: another word is trained on."""
+    rows = getattr(getattr(source, "loader", None), "rows", None)
+    if not isinstance(rows, Rows):
+        return
+    highest = max(int(ids.max(initial=0)) for row in rows for ids in sequences(row))
+    if highest >= model.net.spec.vocab_size:
+        raise DataError(
+            f"The train dataset has token {highest}, the model 0 to {model.net.spec.vocab_size - 1}"
+            ". Is the tokenizer the model's, and without added tokens?"
+        )
 
 
 def _data(source: Any) -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jrlhf.config import refuse_changed
+from jrlhf.config import check_counts, refuse_changed
 from jrlhf.errors import ConfigError
 from jrlhf.rollout.collect import Plan
+from jrlhf.rollout.sampling import SamplingParams
 
 # Fields of every training config that a trainer of its own samples cannot follow.
 _NO_EVALUATION = "the rollouts are the evaluation; compare policies with `jrlhf evaluate`"
@@ -23,13 +24,14 @@ def check(cfg: Any, *counts: str) -> None:
 
     Raises:
         UnsupportedFieldError: an evaluation is asked for.
-        ConfigError: a count is not positive.
+        ConfigError: a count is not positive, or nothing can be sampled so.
     """
     refuse_changed(cfg, _REFUSED)
-    for name in ("max_prompt_length", *counts):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{type(cfg).__name__}.{name} must be at least 1, got {value!r}.")
+    check_counts(cfg, "max_prompt_length", *counts)
+    try:
+        SamplingParams(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+    except ConfigError as error:
+        raise ConfigError(f"{type(cfg).__name__}.{error}") from None
 
 
 def steps_of_epochs(cfg: Any, plan: Plan, rollouts_per_epoch: int | None) -> int:

@@ -27,6 +27,8 @@ from jrlhf.models.halves import partition
 from jrlhf.models.lora.config import base_of
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.writers import reporters
 from jrlhf.trainers import adapters
 
 # Arguments of TRL's trainers that belong to PyTorch.
@@ -39,6 +41,7 @@ _REFUSED = {
     "compute_metrics": "metrics are the algorithm's; use callbacks to add your own",
     "preprocess_logits_for_metrics": "logits are never built",
     "model_init": "pass the model",
+    "eval_dataset": "the rollouts are the evaluation; compare policies with `jrlhf evaluate`",
 }
 _OLD = {"tokenizer": "processing_class", "config": "args", "dataset": "train_dataset",
         "policy": "model", "ref_policy": "ref_model"}  # fmt: skip
@@ -131,7 +134,7 @@ def start(
     """Reads a face's arguments; everything that can be wrong without a model is found here."""
     given = modernise(face, config_class, given, old)
     fallback = getattr(given["args"], "sft_model_path", None)
-    model = need(given["model"] or fallback, face, "a model")
+    model = need(given["model"] or fallback, face, "a model (--model_name_or_path)")
     need(given["train_dataset"], face, "a train_dataset")
     if given.get("peft_config") is not None:
         head = "classifier" if kind == "Reward" else "causal"
@@ -141,15 +144,12 @@ def start(
         )
     args = named_output(given["args"], model, kind)
     _check_init_kwargs(args, model, face)
+    make_optimizer(args, 1)  # to know the names
+    reporters(args.report_to)
     use_compile_cache()
-    return Start(
-        args,
-        model,
-        tokenizer_for(given["processing_class"], model, face),
-        mesh_for(args, model),
-        context_length(model),
-        given,
-    )
+    context = context_length(model)  # before the tokenizer: it says what is no model at all
+    tokenizer = tokenizer_for(given["processing_class"], model, face)
+    return Start(args, model, tokenizer, mesh_for(args, model), context, given)
 
 
 def _check_init_kwargs(args: TrainingConfig, model: Any, face: str) -> None:

@@ -67,6 +67,22 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert script.model_name_or_path == "m"
 
 
+@pytest.mark.parametrize("word", ["--model", "--model_name_or_path"])
+@pytest.mark.parametrize("name", ["model", "model_name_or_path"])
+def test_a_flag_wins_by_either_name_of_a_field(word: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text(f"{name}: from-the-file\n")
+    script, _ = sft("--config", str(file), word, "from-the-line")
+    assert script.model_name_or_path == "from-the-line"
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_bytes("output_dir: Käse".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        sft("--config", str(file))
+
+
 def test_flags_become_the_types_of_their_fields() -> None:
     _, config = sft(
         "--max_length", "none", "--bf16", "false", "--report_to", "wandb", "tensorboard",
@@ -88,6 +104,7 @@ MISTAKES = {
     "wrong type": (["--max_steps", "many"], ConfigError, "max_steps"),
     "wrong choice": (["--eval_strategy", "step"], ConfigError, 'Did you mean "steps"'),
     "refused": (["--deepspeed", "z3.json"], ConfigError, "mesh"),
+    "no file": (["--config="], ConfigError, "--config needs a value"),
     "no such file": (["--config", "nowhere.yaml"], MissingFileError, "nowhere.yaml"),
 }
 
@@ -102,6 +119,8 @@ def test_a_mistake_on_the_command_line_is_named(case: str) -> None:
 FILES = {
     "misspelt key": ("lerning_rate: 1\n", ConfigError, 'Did you mean "learning_rate"'),
     "a key twice": ("seed: 1\nseed: 2\n", ConfigError, "given twice"),
+    "a number for a name": ("1: 2\n", ConfigError, "names are text"),
+    "a word that YAML reads": ("on: true\n", ConfigError, "names are text"),
     "no mapping": ("- seed\n", ConfigError, "mapping"),
     "no YAML": ("seed: [1\n", ConfigError, "not valid YAML"),
     "code": ("seed: !!python/object/apply:os.getpid []\n", ConfigError, "not valid YAML"),
@@ -125,6 +144,7 @@ def test_a_mistake_in_the_file_is_named(case: str, tmp_path: Path) -> None:
         (["sft", "--lerning_rate", "1"], "learning_rate"),
         (["sft"], "dataset_name"),
         (["sft", "--model", "x", "--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["generate", "--model", "x", "--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens"),
         (["grpo", "--dataset_name", "x"], "reward_funcs"),
         (["generate", "--model", "x"], "--prompt"),
     ],
@@ -136,6 +156,29 @@ def test_mistakes_exit_with_2_and_no_traceback(
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+ROWS = {
+    "no prompt": ({"promt": "a"}, 'Is "promt" the column prompt?'),
+    "a chat": ({"prompt": [{"role": "user", "content": "a"}]}, "row 0: prompt must be text"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_cannot_be_compared_are_named_before_a_model_is_read(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, said = ROWS[case]
+    rows, judge = tmp_path / "rows.jsonl", tmp_path / "judge.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    judge.write_text(json.dumps({"text": "good", "label": 1}) + "\n")
+    common = ["--reward_model_path", "./no-such"]
+    label = ["label", "--model", "./no-such", "--dataset", str(rows), *common]
+    evaluate = ["evaluate", "--before", "./no-such", "--after", "./no-such", "--prompts",
+                str(rows), "--judge_rows", str(judge), *common]  # fmt: skip
+    for words in (label, evaluate):
+        assert cli.main(words) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_help_describes_every_field() -> None:

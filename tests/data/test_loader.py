@@ -54,6 +54,12 @@ def test_wrapped_batches_are_all_full_and_lose_nothing(size: tuple[int, int, int
         np.testing.assert_array_equal(part, order.permutation(epoch))
 
 
+def test_any_integer_is_a_seed() -> None:
+    seeds = (-1, -2, 2**63, 2**64 - 3)
+    orders = {tuple(Order(50, batch_size=50, seed=seed).indices(0).tolist()) for seed in seeds}
+    assert len(orders) == len(seeds)
+
+
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     order = Order(50, batch_size=50, seed=1)
     first, second = order.indices(0), order.indices(1)

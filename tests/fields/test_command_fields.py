@@ -267,6 +267,7 @@ GENERATE: dict[str, Check] = {
     "temperature": samples("temperature", 0.5, 1.0),
     "top_k": samples("top_k", 3, 0),
     "top_p": samples("top_p", 0.9, 1.0),
+    "min_p": samples("min_p", 0.1, 0.0),
     "repetition_penalty": samples("repetition_penalty", 1.2, 1.0),
     "rows": rows,
     "mesh": mesh,

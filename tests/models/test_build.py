@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jrlhf.auto import AutoModelForCausalLM
 from jrlhf.errors import ModelError, UnsupportedModelError
 from jrlhf.models import axes
 from jrlhf.models.build import Net, combine, partition
@@ -301,3 +302,15 @@ def test_a_net_is_hashable_and_equal_by_its_spec():
     assert Net(SPEC) == Net(SPEC.replace())
     assert hash(Net(SPEC)) == hash(Net(SPEC.replace()))
     assert Net(SPEC) != Net(SPEC.replace(remat="full"))
+
+
+def test_a_call_with_what_the_model_does_not_have_is_named() -> None:
+    values = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 11,
+              "n_positions": 4}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(values)
+    with pytest.raises(ModelError, match="input_ids go from 1 to 11; this gpt2 has tokens 0 to 10"):
+        model([[1, 11]])
+    with pytest.raises(ModelError, match="differ in shape"):
+        model([[1, 2]], [[1, 1, 1]])
+    with pytest.raises(ModelError, match="go up to 4; this gpt2 has learned positions for 4"):
+        model([[1, 2, 3, 4, 5]])

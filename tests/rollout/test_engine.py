@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrlhf.errors import DataError, ModelError, PromptTooLongError
+from jrlhf.errors import ConfigError, DataError, ModelError, PromptTooLongError
 from jrlhf.rollout.engine import Engine, bucket
 from jrlhf.rollout.generate import generate_like_transformers
 from jrlhf.rollout.sampling import SamplingParams
@@ -125,6 +125,8 @@ def test_bad_prompts_are_named_before_anything_runs(engine: Engine, policy: Mode
         engine.generate(policy.params, [[5] * 121], seed=0)
     with pytest.raises(PromptTooLongError, match="prompt_length is 4"):
         engine.generate(policy.params, [[5] * 5], seed=0, prompt_length=4)
+    with pytest.raises(DataError, match=r"Prompt 1 has tokens from 5 to 1000, the model 0 to"):
+        engine.generate(policy.params, [[5], [5, 1000]], seed=0)
     with pytest.raises(DataError, match="2 prompts came with row_ids for 1"):
         engine.generate(policy.params, [[5], [6]], seed=0, row_ids=[1])
     with pytest.raises(DataError, match="tokenizer"):
@@ -182,5 +184,7 @@ def test_generate_pads_with_the_first_eos_and_stops_where_the_longest_row_does(
     assert out.shape == (1, 3)
     with pytest.raises(DataError, match="differ in shape"):
         generate_like_transformers(policy.net, policy.params, [[1, 2]], [[1]])
+    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, got 0"):
+        generate_like_transformers(policy.net, policy.params, [[1, 2]], max_new_tokens=0)
     with pytest.raises(DataError, match="rows, tokens"):
         generate_like_transformers(policy.net, policy.params, [1, 2])

@@ -22,6 +22,7 @@ from jrlhf import (
 )
 from jrlhf.errors import (
     ConfigError,
+    DataError,
     EmptyDatasetError,
     MeshError,
     MissingColumnError,
@@ -111,6 +112,13 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
             args=PPOConfig(batch_size=8),
         ),
     ),
+    "an evaluation set of a face that samples": (
+        ConfigError,
+        "eval_dataset is not supported: the rollouts are the evaluation",
+        lambda m: PPOTrainer(
+            model=m, reward_model=length, train_dataset=PROMPTS, eval_dataset=PROMPTS
+        ),
+    ),
     "server mode": (UnsupportedFieldError, "colocate", lambda m: GRPOConfig(vllm_mode="server")),
     "an id that no hub has": (
         ConfigError,
@@ -123,7 +131,11 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
         "no field 'rank'",
         lambda m: SFTTrainer(model=m, train_dataset=ROWS, peft_config={"rank": 8}),
     ),
-    "no model": (ConfigError, "a model", lambda m: SFTTrainer(train_dataset=ROWS)),
+    "no model": (
+        ConfigError,
+        "model_name_or_path",
+        lambda m: SFTTrainer(train_dataset=ROWS),
+    ),
     "a config of another trainer": (
         ConfigError,
         "DPOConfig",
@@ -146,6 +158,31 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
             train_dataset=PROMPTS,
             args=GRPOConfig(num_generations=8, max_completion_length=4),
         ),
+    ),
+    "a length below 1": (
+        ConfigError,
+        "SFTConfig.max_length must be at least 1, got -3",
+        lambda m: SFTTrainer(model=m, train_dataset=ROWS, args=SFTConfig(max_length=-3)),
+    ),
+    "a temperature of 0": (
+        ConfigError,
+        "PPOConfig.temperature must be positive",
+        lambda m: PPOConfig(temperature=0.0),
+    ),
+    "a top_p above 1": (
+        ConfigError,
+        "GRPOConfig.top_p must lie in",
+        lambda m: GRPOConfig(top_p=1.5),
+    ),
+    "a directory without a model": (
+        MissingFileError,
+        "has no config.json",
+        lambda m: SFTTrainer(model=str(Path().absolute()), train_dataset=ROWS),
+    ),
+    "a token that the model does not have": (
+        DataError,
+        "has token 100000, the model 0 to",
+        lambda m: SFTTrainer(model=m, train_dataset=[{"input_ids": [1, 2, 100_000]}] * 8),
     ),
     "an unknown model": (
         MissingFileError,
@@ -176,6 +213,15 @@ def test_bad_input_is_a_named_error(case: str, glassllm: str) -> None:
     with pytest.raises(error, match=words):
         call(glassllm)
     assert not list(Path().glob("*/metrics.jsonl")), "training began"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("optim", "adamww"), ("lr_scheduler_type", "cosin"), ("report_to", "tensorbord")],
+)
+def test_a_name_in_the_config_is_checked_before_the_model_is_read(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="Did you mean"):
+        SFTTrainer(model="./no-such", train_dataset=ROWS, args=SFTConfig(**{field: value}))
 
 
 def test_a_reward_function_of_the_wrong_length_is_named(glassllm: str) -> None:
