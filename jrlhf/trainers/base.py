@@ -101,7 +101,6 @@ class Trainer:
             value_model: a separate value model, trained with the policy.
             dropout: whether a training step drops inputs of adapters, as they ask for.
         """
-        _check_vocabulary(source, self.model)
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps = total_steps
         trainable, frozen = self._split()
@@ -132,7 +131,7 @@ class Trainer:
             evaluate=self._evaluate if evaluation else None,
             callbacks=callbacks or (),
             context={"model": self.model, "processing_class": self.processing_class},
-            about={**adapters.about(self.model), **_data(source)},
+            about={**adapters.about(self.model), **_data(source, self.model)},
         )
 
     def _mesh(self) -> jax.sharding.Mesh:
@@ -241,7 +240,8 @@ def _check_vocabulary(source: Any, model: Model) -> None:
         )
 
 
-def _data(source: Any) -> dict[str, str]:
+def _data(source: Any, model: Model) -> dict[str, str]:
     """What was read, for the config in checkpoints: a resumed run says if it reads other rows."""
+    _check_vocabulary(source, model)
     rows = getattr(getattr(source, "loader", None), "rows", None)
     return {"train_rows": rows.fingerprint()} if isinstance(rows, Rows) else {}
