@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,6 @@ class GenerateConfig:
 
     SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
 
-    def __post_init__(self) -> None:
-        check_counts(self, "max_new_tokens", "rows")
-
 
 def rows_of(cfg: GenerateConfig) -> Any:
     """The prompts as a dataset."""
@@ -75,12 +71,10 @@ def rows_of(cfg: GenerateConfig) -> Any:
 
 def load(cfg: GenerateConfig) -> Any:
     """The model, on the mesh."""
-    from jrlhf.auto import AutoModelForCausalLM
+    from jrlhf.auto import AutoModelForCausalLM as Auto
     from jrlhf.sharding.mesh import make_mesh
 
-    return AutoModelForCausalLM.from_pretrained(
-        cfg.model_name_or_path, mesh=make_mesh(cfg.mesh), dtype=cfg.dtype
-    )
+    return Auto.from_pretrained(cfg.model_name_or_path, mesh=make_mesh(cfg.mesh), dtype=cfg.dtype)
 
 
 def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
@@ -104,11 +98,13 @@ def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
 
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, GenerateConfig, verb="generate")
+    check_counts(cfg, "max_new_tokens", "rows")
     rows = rows_of(cfg)
+    from jrlhf.commands.scoring import write_lines
     from jrlhf.data.tokenize import prompt_rows
 
     if cfg.output is not None:
-        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)  # before the work
     model = load(cfg)
     prompts: Any = prompt_rows(rows, model.tokenizer, name="prompts")
     done = sampler(cfg, model, count=len(prompts)).generate(
@@ -117,11 +113,8 @@ def main(argv: list[str]) -> int:
     if cfg.output is None:
         print(*(completion.text for completion in done), sep="\n")
         return 0
-    pairs = [
-        {"prompt": row["prompt"], "completion": c.text}
-        for row, c in zip(prompts, done, strict=True)
-    ]
-    lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    Path(cfg.output).write_text(lines, encoding="utf-8")
+    both = zip(prompts, done, strict=True)
+    pairs = [{"prompt": row["prompt"], "completion": c.text} for row, c in both]
+    write_lines(cfg.output, pairs)
     print(f"Wrote {len(pairs)} completions to {cfg.output}.")
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,12 @@ def texts_of(source: str, column: str, *, name: str) -> list[str]:
     require_columns(rows[0], [(column,)], name=name)
     where = places(name, 0, rows)
     return [text_cell(row, column, at) for row, at in zip(rows, where, strict=True)]
+
+
+def write_lines(path: str, rows: Sequence[Any]) -> None:
+    """Writes rows as JSONL."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).write_text(lines, encoding="utf-8")
 
 
 def sequence_logps(

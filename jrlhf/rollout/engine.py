@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrlhf.errors import DataError, ModelError, PromptTooLongError
+from jrlhf.errors import ConfigError, DataError, ModelError, PromptTooLongError
 from jrlhf.models.build import Net
 from jrlhf.rollout.devices import agree_max, put, round_up, row_shards, to_host
 from jrlhf.rollout.sampling import Sampled, SamplingParams, sample
@@ -133,7 +133,7 @@ class Engine:
             PromptTooLongError: prompt and completion do not fit the model's context.
         """
         ids = list(range(len(prompts) * group)) if row_ids is None else [int(i) for i in row_ids]
-        limit = max_new_tokens or self.sampling.max_new_tokens
+        limit = self.sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
         self._check(prompts, len(ids) // group, prompt_length, limit)
         rows = self._row_count(len(ids))
         share = self._share(rows, group)
@@ -223,6 +223,8 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], given: int, width: int | None, limit: int
     ) -> None:
         context = self.net.spec.max_position_embeddings
+        if limit < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {limit!r}.")
         if given != len(prompts):
             raise DataError(f"{len(prompts)} prompts came with row_ids for {given}.")
         for i, prompt in enumerate(prompts):

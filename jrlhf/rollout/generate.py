@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrlhf.errors import ConfigError, DataError
+from jrlhf.errors import DataError
 from jrlhf.models.build import Net
 from jrlhf.rollout.engine import Engine, bucket
 from jrlhf.rollout.sampling import SamplingParams
@@ -55,8 +55,6 @@ def generate_like_transformers(
     mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
     if mask.shape != ids.shape:
         raise DataError(f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape.")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
     ends = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
     sampling = SamplingParams(
         max_new_tokens=bucket(max_new_tokens),

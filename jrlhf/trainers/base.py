@@ -104,7 +104,6 @@ class Trainer:
             router_aux_loss_coef: weight of a router's load-balancing loss; None: the model's own.
             dataset: the training set as it was given, for the model's card.
         """
-        _check_vocabulary(source, self.model)
         self._value_model, self._keep_start = value_model, keep_start
         self._total_steps, self._evaluation = total_steps, evaluation
         self._dataset = publish.hub_name(dataset)
@@ -133,7 +132,7 @@ class Trainer:
             evaluate=self._evaluate if evaluation else None,
             callbacks=[*(callbacks or ()), *self._uploads()],
             context={"model": self.model, "processing_class": self.processing_class},
-            about={**adapters.about(self.model), **_data(source)},
+            about={**adapters.about(self.model), **_data(source, self.model)},
         )
 
     def _mesh(self) -> jax.sharding.Mesh:
@@ -310,7 +309,8 @@ def _check_vocabulary(source: Any, model: Model) -> None:
         )
 
 
-def _data(source: Any) -> dict[str, str]:
+def _data(source: Any, model: Model) -> dict[str, str]:
     """What was read, for the config in checkpoints: a resumed run says if it reads other rows."""
+    _check_vocabulary(source, model)
     rows = getattr(getattr(source, "loader", None), "rows", None)
     return {"train_rows": rows.fingerprint()} if isinstance(rows, Rows) else {}
