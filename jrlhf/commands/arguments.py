@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from jrlhf.commands.adapters import AdapterArguments
 from jrlhf.config import aliases, config, parse_text, read_yaml
-from jrlhf.errors import ConfigError, suggest
+from jrlhf.errors import ConfigError, UnsupportedFieldError, suggest
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def _refuse(name: str, owner: dict[str, type], classes: tuple[type, ...], *, whe
     from jrlhf.config import REFUSED
 
     if name in REFUSED:
-        raise ConfigError(f"{where}: {name} is not supported: {REFUSED[name]}.")
+        raise UnsupportedFieldError(f"{where}: {name} is not supported: {REFUSED[name]}.")
     raise ConfigError(f"{where}: unknown field {name!r}.{suggest(name, [*owner, 'config'])}")
 
 

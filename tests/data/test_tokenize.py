@@ -257,7 +257,9 @@ def test_long_prompts_can_be_dropped_or_cut_on_the_left(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("prepare", [preference_rows, reward_rows])
 def test_missing_pair_columns_are_named_with_a_suggestion(prepare: Any, tokenizer: Any) -> None:
-    with pytest.raises(MissingColumnError, match=r"chosn.*chosen.*Did you mean"):
+    with pytest.raises(
+        MissingColumnError, match=r"chosn.*needed: chosen.*Is \"chosn\" the column chosen\?"
+    ):
         prepare([{"chosn": "a", "rejected": "b"}], tokenizer, max_length=None)
 
 
