@@ -71,10 +71,6 @@ class CheckpointError(JrlhfError, ValueError):
     """A training checkpoint that is missing, damaged or of another run."""
 
 
-class AssetError(JrlhfError, OSError):
-    """A downloaded file that could not be had or has the wrong hash."""
-
-
 class HubError(JrlhfError, OSError):
     """The Hugging Face hub did not take what was to be uploaded."""
 
