@@ -56,6 +56,6 @@ if ((${#failed[@]})); then
 fi
 # One file stays on one worker: its compiled functions and loaded models are shared by its tests.
 status=0
-"$python" -m pytest -n "${JRLHF_TEST_WORKERS:-2}" --dist loadfile ${marks:+-m "$marks"} "$@" || status=$?
+"$python" -m pytest -n "${JRLHF_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder ${marks:+-m "$marks"} "$@" || status=$?
 ((status)) || ((${#failed[@]} == 0)) || status=1
 exit "$status"

@@ -70,7 +70,7 @@ def sft_max_length(bench: Bench) -> None:
     assert natural.max() > 7
     long = [{"text": words(*range(100))}]
     assert everything(bench, "sft", long, max_length=None)["lengths"].max() == CONTEXT
-    with pytest.raises(EmptyDatasetError, match="max_length"):
+    with pytest.raises(ConfigError, match="max_length must be at least 1, got 0"):
         everything(bench, "sft", max_length=0)
 
 
