@@ -1,7 +1,7 @@
 """Kernels laid out for decoding on CPUs, where a few rows meet the whole weight at every token.
 
-XLA's CPU dots pack their right operand anew at each call. With the weight on the left, read row by
-row, and the few rows of tokens packed instead, a float32 decoding step's dots take 0.6 of the time.
+With the weight as left operand, read row by row, a float32 decoding step's dots take 0.6 of the
+time that they take with the weight on the right (measured with jax 0.10).
 """
 
 from __future__ import annotations
