@@ -28,8 +28,11 @@ def check(cfg: Any, *counts: str) -> None:
     """
     refuse_changed(cfg, _REFUSED)
     check_counts(cfg, "max_prompt_length", *counts)
+    # PPO's config has fewer of them; None is off.
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: getattr(cfg, name, None) for name in names}
     try:
-        SamplingParams(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        SamplingParams(**{name: value for name, value in given.items() if value is not None})
     except ConfigError as error:
         raise ConfigError(f"{type(cfg).__name__}.{error}") from None
 

@@ -169,6 +169,11 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
         "PPOConfig.temperature must be positive",
         lambda m: PPOConfig(temperature=0.0),
     ),
+    "a min_p of 3": (
+        ConfigError,
+        "GRPOConfig.min_p must lie in",
+        lambda m: GRPOConfig(min_p=3.0),
+    ),
     "a top_p above 1": (
         ConfigError,
         "GRPOConfig.top_p must lie in",
