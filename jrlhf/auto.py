@@ -106,7 +106,10 @@ class _Auto:
             key=jax.random.key(seed),
             **choices,
         )
-        params = quantize(params, linear_maps(net.spec), kind, dtype=dtype) if kind else params
+        if kind is not None:
+            params = quantize(params, linear_maps(net.spec), kind, dtype=dtype)
+            if placed is not None:  # the compiler may have left codes whole
+                params = jax.device_put(params, params_shardings(net, params, placed))
         name = str(pretrained_model_name_or_path)
         model = Model(net, params, source=source, mesh=placed, name_or_path=name)
         return model if adapter is None else _with_adapter(model, adapter)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import types
 import typing
@@ -20,32 +21,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from jrlhf.errors import ConfigError, MissingFileError, UnsupportedFieldError, suggest
+from jrlhf.foreign import AS_YOU_LIKE, ASKS_NOTHING, REFUSED, WITHOUT_EFFECT
 
 T = TypeVar("T")
 
 # An id on the Hugging Face hub.
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
-# Fields of transformers' TrainingArguments and of TRL that mean something only to PyTorch, with
-# what to write instead. Absent from this table and from the class: an unknown key.
-REFUSED: dict[str, str] = {
-    "fp16": "float16 needs loss scaling; use bf16=True",
-    "deepspeed": "use mesh, for example mesh={'fsdp': 8}",
-    "fsdp": "use mesh, for example mesh={'fsdp': 8}",
-    "fsdp_config": "use mesh, for example mesh={'fsdp': 8}",
-    "accelerator_config": "one process drives all local devices; use mesh",
-    "torch_compile": "every step is compiled already",
-    "trust_remote_code": "jrlhf never runs code from a checkpoint",
-    "load_in_8bit": "give model_init_kwargs={'load_in_8bit': True}, and the trainer a peft_config",
-    "load_in_4bit": "give model_init_kwargs={'load_in_4bit': True}, and the trainer a peft_config",
-    "peft_config": "pass it to the trainer; on the command line use --use_peft and --lora_r, …",
-    "ds3_gather_for_generation": "parameters are re-laid-out by the compiler; leave it out",
-    "use_liger_kernel": "the head is chunked already; leave it out",
-    "use_liger_loss": "the head is chunked already; leave it out",
-    "neftune_noise_alpha": "embedding noise is not supported",
-    "auto_find_batch_size": "choose per_device_train_batch_size; shapes are fixed when compiled",
-    "hub_always_push": "every push is waited for, so none is left out",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +50,10 @@ class TrainingConfig:
         lr_scheduler_type: linear, cosine, cosine_with_min_lr, constant, constant_with_warmup, ….
         lr_scheduler_kwargs: extra arguments of the schedule, e.g. {"min_lr_rate": 0.1}.
         warmup_ratio: share of the steps spent warming up; `warmup_steps` wins.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up; below 1: their share of the run.
         optim: adamw, sgd, adafactor, lion or muon (transformers' adamw_* names mean adamw).
-        logging_steps: log every so many steps.
+        logging_steps: log every so many steps; below 1 (also of the two below): every so large a
+            share of the run.
         eval_strategy: "no", "steps" or "epoch".
         eval_steps: with "steps": evaluate every so many (default: logging_steps).
         save_strategy: "no", "steps" or "epoch".
@@ -116,13 +98,13 @@ class TrainingConfig:
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] | None = None
     warmup_ratio: float = 0.0
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0
     optim: str = "adamw"
-    logging_steps: int = 10
+    logging_steps: int | float = 10
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    eval_steps: int | None = None
+    eval_steps: int | float | None = None
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    save_steps: int = 500
+    save_steps: int | float = 500
     save_total_limit: int | None = None
     seed: int = 42
     data_seed: int | None = None
@@ -153,15 +135,19 @@ class TrainingConfig:
     }
 
     def __post_init__(self) -> None:
-        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
-                    "gradient_accumulation_steps", "save_steps", "pad_to_multiple_of")  # fmt: skip
+        positive = ("per_device_train_batch_size", "per_device_eval_batch_size",
+                    "gradient_accumulation_steps", "pad_to_multiple_of")  # fmt: skip
         for name in positive:
             _check(getattr(self, name) >= 1, self, name, "must be at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             _check(getattr(self, name) >= 0, self, name, "must not be negative")
+        for name in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
+            value = getattr(self, name)
+            whole = value is None or value < 1 or float(value).is_integer()
+            _check(whole, self, name, "must be a whole number of steps or a share below 1")
+            _check(value is None or value > 0 or name == "warmup_steps", self, name,
+                   "must be at least 1, or a share of the run between 0 and 1")  # fmt: skip
         _check(0 <= self.warmup_ratio <= 1, self, "warmup_ratio", "must lie in [0, 1]")
-        _check(self.eval_steps is None or self.eval_steps >= 1, self, "eval_steps",
-               "must be at least 1")  # fmt: skip
         if hasattr(self, "max_length"):  # of the offline trainers
             check_counts(self, "max_length")
         _check(self.max_steps > 0 or self.num_train_epochs > 0, self, "num_train_epochs",
@@ -173,6 +159,11 @@ class TrainingConfig:
 def _check(ok: bool, owner: Any, name: str, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{type(owner).__name__}.{name} {rule}, got {getattr(owner, name)!r}.")
+
+
+def steps_of(value: int | float, total_steps: int) -> int:
+    """A field that counts steps, or below 1 names their share of the run."""
+    return math.ceil(value * total_steps) if 0 < value < 1 else int(value)
 
 
 def check_counts(cfg: Any, *names: str) -> None:
@@ -237,6 +228,12 @@ def aliases(cls: type) -> dict[str, str]:
     return table | getattr(cls, "SYNONYMS", {})
 
 
+def foreign_names(cls: type) -> set[str]:
+    """Names of TRL and transformers that are no fields of this class, but that it answers to."""
+    common = {*REFUSED, *WITHOUT_EFFECT} if issubclass(cls, TrainingConfig) else set()
+    return common | {*getattr(cls, "REFUSED", {})}
+
+
 def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Renames old fields, refuses the impossible and the unknown.
 
@@ -256,20 +253,30 @@ def translate(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
                 text = f"{cls.__name__}: {name} is now {target}."
                 warnings.warn(text, DeprecationWarning, stacklevel=3)
         elif name not in known:
-            if name in refused and value in (None, False):
-                continue  # asks for nothing
+            if name in WITHOUT_EFFECT and issubclass(cls, TrainingConfig):
+                _say_once(f"{cls.__name__}: {name} changes nothing: {WITHOUT_EFFECT[name]}.")
+                continue
+            if name in refused and value in (None, False, *ASKS_NOTHING.get(name, ())):
+                continue
             if name in refused:
                 raise UnsupportedFieldError(
                     f"{cls.__name__}: {name} is not supported: {refused[name]}."
                 )
             hint = suggest(name, [*known, *old])
             raise ConfigError(f"{cls.__name__} has no field {name!r} (value {value!r}).{hint}")
+        elif value in AS_YOU_LIKE.get(name, ()):
+            continue
         if target in out or (target != name and target in values):
             raise ConfigError(
                 f"{cls.__name__}: {name} and {target} mean the same; give one of them."
             )
         out[target] = value
     return out
+
+
+@functools.lru_cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def check_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:

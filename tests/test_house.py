@@ -12,6 +12,7 @@ import sys
 import time
 import tokenize
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,6 +150,23 @@ def test_the_safety_check_sees(source: str) -> None:
 )
 def test_the_safety_check_lets_pass(source: str) -> None:
     assert not list(unsafe(ast.parse(source)))
+
+
+# Called by users alone.
+FOR_USERS = {"delete_adapter", "print_trainable_parameters", "num_parameters", "from_config"}
+
+
+def test_every_name_is_used() -> None:
+    """What only tests call is deleted."""
+    files = [p for room in ("jrlhf", "scripts", "benchmarks") for p in (ROOT / room).rglob("*.py")]
+    words = Counter(w for p in files for w in re.findall(r"\w+", p.read_text(encoding="utf-8")))
+    defined = {
+        node.name
+        for path in SOURCES
+        for node in ast.walk(parse(path))
+        if isinstance(node, DEFINITIONS) and not node.name.startswith("__")
+    }
+    assert {name for name in defined if words[name] == 1} == FOR_USERS
 
 
 def test_imports_point_down_only() -> None:

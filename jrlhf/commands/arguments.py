@@ -9,10 +9,12 @@ import typing
 from typing import Any, TypeVar
 
 from jrlhf.commands.adapters import AdapterArguments
-from jrlhf.config import aliases, config, parse_text, read_yaml
+from jrlhf.config import aliases, config, foreign_names, parse_text, read_yaml
 from jrlhf.errors import ConfigError, UnsupportedFieldError, suggest
+from jrlhf.foreign import REFUSED
 
 T = TypeVar("T")
+_ANY = bool | int | float | str | None  # what a name that is no field may be given
 
 
 @config
@@ -58,12 +60,15 @@ def parse(argv: list[str], *classes: type, verb: str) -> list[Any]:
     for cls in classes:
         for name in [*(f.name for f in dataclasses.fields(cls)), *aliases(cls)]:
             owner.setdefault(name, cls)
+    for cls in classes:  # also the names that are no fields: the class says what to do instead
+        for name in foreign_names(cls):
+            owner.setdefault(name, cls)
     flags = _flags(argv, owner)
     path = flags.pop("config", None)
     values: dict[str, Any] = read_yaml(path) if path else {}
     for name in values:
         if name not in owner:
-            _refuse(name, owner, classes, where=str(path))
+            _refuse(name, owner, where=str(path))
     for name in flags:  # a flag wins over the file, by whatever name the file has the field
         for other in [n for n in values if _field(n, owner) == _field(name, owner)]:
             del values[other]
@@ -75,16 +80,11 @@ def _field(name: str, owner: dict[str, type]) -> tuple[type, str]:
     """The class and the field that a name, old or short, means."""
     cls = owner[name]
     known = {f.name for f in dataclasses.fields(cls)}
-    return cls, name if name in known else aliases(cls)[name]
+    return cls, name if name in known else aliases(cls).get(name, name)
 
 
-def _refuse(name: str, owner: dict[str, type], classes: tuple[type, ...], *, where: str) -> None:
-    for cls in classes:  # a field that is known and refused says why
-        if name in {**getattr(cls, "REFUSED", {})}:
-            cls(**{name: True})
-    from jrlhf.config import REFUSED
-
-    if name in REFUSED:
+def _refuse(name: str, owner: dict[str, type], *, where: str) -> None:
+    if name in REFUSED:  # of a verb that does not train
         raise UnsupportedFieldError(f"{where}: {name} is not supported: {REFUSED[name]}.")
     raise ConfigError(f"{where}: unknown field {name!r}.{suggest(name, [*owner, 'config'])}")
 
@@ -99,7 +99,7 @@ def _flags(argv: list[str], owner: dict[str, type]) -> dict[str, Any]:
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name != "config" and name not in owner:
-            _refuse(name, owner, tuple(set(owner.values())), where="command line")
+            _refuse(name, owner, where="command line")
         if name in out:
             raise ConfigError(f"--{name} is given twice.")
         given = [value] if equals else []
@@ -116,7 +116,7 @@ def _value(name: str, given: list[str], owner: dict[str, type]) -> Any:
     cls = owner.get(name)
     if cls is None:
         raise ConfigError(f"--{name} needs a value.")
-    kind = typing.get_type_hints(cls)[aliases(cls).get(name, name)]
+    kind = typing.get_type_hints(cls).get(aliases(cls).get(name, name), _ANY)
     members = typing.get_args(kind) or (kind,)
     if not given:
         if bool in members:

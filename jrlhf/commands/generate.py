@@ -54,27 +54,31 @@ class GenerateConfig:
 
     SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
 
+    def __post_init__(self) -> None:
+        check_counts(self, "max_new_tokens", "rows")
+        if (self.prompt is None) == (self.dataset_name is None):
+            raise ConfigError("jrlhf generate needs one of --prompt and --dataset_name.")
+        if self.chat and self.prompt is None:
+            raise ConfigError("--chat goes with --prompt: a dataset's messages are chats already.")
+
 
 def rows_of(cfg: GenerateConfig) -> Any:
     """The prompts as a dataset."""
     from jrlhf.data.sources import load_rows
 
-    if (cfg.prompt is None) == (cfg.dataset_name is None):
-        raise ConfigError("jrlhf generate needs one of --prompt and --dataset_name.")
-    if cfg.chat and cfg.prompt is None:
-        raise ConfigError("--chat goes with --prompt: a dataset's messages are chats already.")
     if cfg.dataset_name is not None:
         return load_rows(cfg.dataset_name)
-    turn = [{"role": "user", "content": cfg.prompt}] if cfg.chat else cfg.prompt
-    return load_rows([{"prompt": turn}])
+    turn = [{"role": "user", "content": cfg.prompt}]
+    return load_rows([{"prompt": turn if cfg.chat else cfg.prompt}])
 
 
 def load(cfg: GenerateConfig) -> Any:
     """The model, on the mesh."""
-    from jrlhf.auto import AutoModelForCausalLM as Auto
+    from jrlhf.auto import AutoModelForCausalLM
     from jrlhf.sharding.mesh import make_mesh
 
-    return Auto.from_pretrained(cfg.model_name_or_path, mesh=make_mesh(cfg.mesh), dtype=cfg.dtype)
+    options: Any = {"mesh": make_mesh(cfg.mesh), "dtype": cfg.dtype}
+    return AutoModelForCausalLM.from_pretrained(cfg.model_name_or_path, **options)
 
 
 def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
@@ -83,22 +87,18 @@ def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
     from jrlhf.rollout.sampling import SamplingParams
     from jrlhf.trainers import online, setup
 
-    tokenizer = model.tokenizer
     sampling = SamplingParams(
         max_new_tokens=cfg.max_new_tokens, do_sample=cfg.do_sample, temperature=cfg.temperature,
-        top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
-        repetition_penalty=cfg.repetition_penalty,
-        eos_token_ids=tuple(online.eos_ids(model, tokenizer)), pad_token_id=setup.pad_id(tokenizer),
+        repetition_penalty=cfg.repetition_penalty, top_k=cfg.top_k, top_p=cfg.top_p,
+        min_p=cfg.min_p, pad_token_id=setup.pad_id(model.tokenizer),
+        eos_token_ids=tuple(online.eos_ids(model, model.tokenizer)),
     )  # fmt: skip
-    return Engine(
-        model.decoder, tokenizer, sampling, mesh=model.mesh, rows=min(cfg.rows, count),
-        stop_strings=cfg.stop_strings or (),
-    )  # fmt: skip
+    return Engine(model.decoder, model.tokenizer, sampling, mesh=model.mesh,
+                  rows=min(cfg.rows, count), stop_strings=cfg.stop_strings or ())  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, GenerateConfig, verb="generate")
-    check_counts(cfg, "max_new_tokens", "rows")
     rows = rows_of(cfg)
     from jrlhf.commands.scoring import write_lines
     from jrlhf.data.tokenize import prompt_rows
@@ -113,8 +113,8 @@ def main(argv: list[str]) -> int:
     if cfg.output is None:
         print(*(completion.text for completion in done), sep="\n")
         return 0
-    both = zip(prompts, done, strict=True)
-    pairs = [{"prompt": row["prompt"], "completion": c.text} for row, c in both]
+    pairs = [{"prompt": row["prompt"], "completion": completion.text}
+             for row, completion in zip(prompts, done, strict=True)]  # fmt: skip
     write_lines(cfg.output, pairs)
     print(f"Wrote {len(pairs)} completions to {cfg.output}.")
     return 0

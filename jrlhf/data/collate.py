@@ -7,7 +7,6 @@ token that also ends answers. Missing rows of a short batch have length 0 and ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -90,22 +89,6 @@ def pair_batch(rows: Sequence[TokenRow], size: int, *, length: int, pad_id: int 
             for side, logps in enumerate(row["ref_logps"]):
                 _write(batch["ref_logps"][number, side], logps)
     return batch
-
-
-def prompt_batch(rows: Sequence[TokenRow], size: int) -> dict[str, Any]:
-    """Batch of prompts as host lists; the rollout engine buckets and pads them.
-
-    Returns:
-        prompt_ids (lists of ids), prompts (as in the dataset) and columns, name to list: the other
-        columns, for reward functions. A short batch stays short.
-    """
-    rows = _fitting(rows, size)
-    columns = list(dict.fromkeys(name for row in rows for name in row["columns"]))
-    return {
-        "prompt_ids": [row["ids"].tolist() for row in rows],
-        "prompts": [row["prompt"] for row in rows],
-        "columns": {name: [row["columns"].get(name) for row in rows] for name in columns},
-    }
 
 
 def _fitting(rows: Sequence[TokenRow], size: int) -> Sequence[TokenRow]:

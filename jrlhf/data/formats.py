@@ -31,11 +31,6 @@ def is_messages(value: Any) -> bool:
     return "role" in value[0] or "from" in value[0]
 
 
-def is_conversational(row: Row) -> bool:
-    """Whether any of TRL's message columns of the row holds messages."""
-    return any(is_messages(row.get(column)) for column in MESSAGE_COLUMNS)
-
-
 def to_chatml(row: Row) -> dict[str, Any]:
     """Returns the row with from/value messages as role/content and `conversations` as `messages`.
 
@@ -182,14 +177,3 @@ def split_preference(row: Row, where: str) -> dict[str, Any]:
             f"{shown(prompt)}; {shown(chosen)}; {shown(rejected)}."
         )
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def unpair(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Turns preference rows into prompt, completion, label rows: all chosen, then all rejected."""
-    out = []
-    for column, label in (("chosen", True), ("rejected", False)):
-        for number, row in enumerate(rows):
-            row = split_preference(row, f"row {number}")
-            rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
-            out.append({**rest, "completion": row[column], "label": label})
-    return out

@@ -124,6 +124,31 @@ def prepare(
     return Rows(items, +counts)
 
 
+def limit_ids(rows: Rows | RowStream, vocab_size: int, *, name: str) -> Rows | RowStream:
+    """The rows, if all their ids are the model's; a stream is checked while it is read.
+
+    An id beyond the embedding would be clamped on the device, and another word trained on.
+
+    Raises:
+        DataError: an id of `vocab_size` or more.
+    """
+
+    def checked(row: TokenRow) -> TokenRow:
+        highest = max(int(np.max(ids, initial=0)) for ids in sequences(row))
+        if highest >= vocab_size:
+            raise DataError(
+                f"The {name} dataset has token {highest}, the model 0 to {vocab_size - 1}. Is the "
+                "tokenizer the model's, and without added tokens?"
+            )
+        return row
+
+    if isinstance(rows, RowStream):
+        return RowStream(lambda: map(checked, rows), rows.counts)
+    for row in rows:
+        checked(row)
+    return rows
+
+
 def slice_rows(dataset: Any, start: int, stop: int) -> list[dict[str, Any]]:
     """Rows [start, stop) as dicts."""
     part = dataset[start:stop]

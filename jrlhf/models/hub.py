@@ -46,13 +46,17 @@ def _download(name: str, *, weights: bool) -> Path:
             name, allow_patterns=wanted, ignore_patterns=_IGNORED, etag_timeout=10
         )
     except Exception as error:  # the client raises its own, httpx's and OSError's families
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise MissingFileError(
-            f'"{name}" is no local path and could not be had from the Hugging Face hub: {reason}\n'
+            f'"{name}" is no local path and could not be had from the Hugging Face hub: '
+            f"{_first_line(error)}\n"
             "  Fix: check the spelling and HF_TOKEN, or give a local directory or .gguf file."
             " `python scripts/assets.py smollm2` fetches a small model without the hub."
         ) from error
     return Path(found)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def kind_of(path: Path) -> tuple[str, Path]:
@@ -163,9 +167,8 @@ def _asking(repo_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises its own, httpx's and OSError's families
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise HubError(
-            f'The Hugging Face hub did not take "{repo_id}": {reason}\n'
+            f'The Hugging Face hub did not take "{repo_id}": {_first_line(error)}\n'
             "  Fix: give a token that may write there (hub_token, HF_TOKEN or `hf auth login`), and"
             " unset HF_HUB_OFFLINE. A saved model is still on this machine."
         ) from error

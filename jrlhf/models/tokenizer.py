@@ -125,13 +125,3 @@ def _rename_class(file: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         file.write_text(text, encoding="utf-8")
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a user's text: no special token is parsed in it, none is added around it.
-
-    `<|im_start|>` in it means those characters. Otherwise a row of a data set could forge turns or
-    end its own completion; only a chat template may write the token (`data.guard`).
-    """
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return list(ids["input_ids"])

@@ -48,19 +48,6 @@ def kl_abs(logps: Float[Array, "*n"], ref_logps: Float[Array, "*n"]) -> Float[Ar
     return jnp.abs(logps - ref_logps)
 
 
-def kl_full(
-    log_distribution: Float[Array, "*n v"], ref_log_distribution: Float[Array, "*n v"]
-) -> Float[Array, "*n"]:
-    """The exact KL(π ‖ ref) = Σᵥ π (log π - log ref) of two normalised log-distributions.
-
-    For small vocabularies and tests: the arguments are [… vocabulary] arrays, which no train step
-    may build (contract 4).
-    """
-    p = jnp.exp(log_distribution)
-    # A token that π never emits counts 0, also where its log-prob is -inf.
-    return jnp.sum(jnp.where(p > 0, p * (log_distribution - ref_log_distribution), 0.0), axis=-1)
-
-
 # Of sampled tokens. "mse" is early TRL's name for k2.
 ESTIMATORS: dict[str, Callable[..., Array]] = {
     "k1": kl_k1,

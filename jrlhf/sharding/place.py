@@ -120,8 +120,3 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         name: jax.make_array_from_process_local_data(sharding, arrays[name])
         for name, sharding in batch_shardings(mesh, arrays).items()
     }
-
-
-def reshard(tree: PyTree, shardings: PyTree, *, donate: bool = False) -> PyTree:
-    """Moves arrays to other shardings, without passing through the host where devices allow it."""
-    return jax.device_put(tree, shardings, donate=donate)

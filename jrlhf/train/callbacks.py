@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jrlhf.errors import ConfigError
+
 EVENTS = (
     "on_init_end",
     "on_train_begin",
@@ -125,6 +127,22 @@ class Callback:
         **kw: Any,
     ):
         """After a log entry was appended to `state.log_history`."""
+
+
+def check_callbacks(callbacks: Any, owner: str) -> list[Any]:
+    """The callbacks as a list.
+
+    Raises:
+        ConfigError: not a list, or one of them has no method of an event.
+    """
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise ConfigError(f"{owner}: callbacks must be a list, got {type(callbacks).__name__}.")
+    for callback in callbacks or ():
+        if not any(callable(getattr(callback, event, None)) for event in EVENTS):
+            raise ConfigError(
+                f"{owner}: callback {callback!r} has none of the methods {', '.join(EVENTS)}."
+            )
+    return list(callbacks or ())
 
 
 class CallbackList:

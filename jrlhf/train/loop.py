@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jrlhf.config import to_dict
+from jrlhf.config import steps_of, to_dict
 from jrlhf.errors import ConfigError
 from jrlhf.sharding.distributed import is_main
 from jrlhf.train.callbacks import CallbackList, TrainerControl, TrainerState
@@ -63,13 +62,6 @@ class TrainOutput(NamedTuple):
     global_step: int
     training_loss: float
     metrics: dict[str, float]
-
-
-def count_steps(config: Any, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or so many epochs, rounded up."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
 @dataclasses.dataclass
@@ -160,8 +152,10 @@ class Loop:
     def _prepare(self, resume: bool | str | Path | None) -> None:
         args, now = self.args, self.trainer_state
         now.max_steps, now.num_train_epochs = self.total_steps, args.num_train_epochs
-        now.logging_steps, now.save_steps = args.logging_steps, args.save_steps
-        now.eval_steps = args.eval_steps or args.logging_steps
+        counted = (args.logging_steps, args.save_steps, args.eval_steps or args.logging_steps)
+        now.logging_steps, now.save_steps, now.eval_steps = (
+            steps_of(value, self.total_steps) for value in counted
+        )
         now.train_batch_size = args.per_device_train_batch_size
         now.is_local_process_zero = now.is_world_process_zero = is_main()
         now.global_step, now.epoch, now.log_history = 0, 0.0, []

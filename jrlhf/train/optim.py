@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jrlhf.config import steps_of
 from jrlhf.errors import ConfigError, suggest
 from jrlhf.types import PyTree
 
@@ -38,7 +39,7 @@ class OptimizerFields(Protocol):
     @property
     def lr_scheduler_kwargs(self) -> Mapping[str, Any] | None: ...
     @property
-    def warmup_steps(self) -> int: ...
+    def warmup_steps(self) -> int | float: ...
     @property
     def warmup_ratio(self) -> float: ...
 
@@ -208,7 +209,8 @@ OPTIMIZERS: dict[
 
 def warmup(config: OptimizerFields, total_steps: int) -> int:
     """Steps of warm-up; `warmup_steps` wins over `warmup_ratio`."""
-    return int(config.warmup_steps) or math.ceil(total_steps * config.warmup_ratio)
+    given = steps_of(config.warmup_steps, total_steps)
+    return given or math.ceil(total_steps * config.warmup_ratio)
 
 
 def make_schedule(config: OptimizerFields, total_steps: int) -> optax.Schedule:

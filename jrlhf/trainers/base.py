@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jrlhf.data.rows import Rows, sequences
-from jrlhf.errors import ConfigError, DataError
+from jrlhf.data.rows import Rows
+from jrlhf.errors import ConfigError
 from jrlhf.model import Model
 from jrlhf.models.build import combine, partition
 from jrlhf.models.moe import balancing_coefficient
@@ -132,7 +132,7 @@ class Trainer:
             evaluate=self._evaluate if evaluation else None,
             callbacks=[*(callbacks or ()), *self._uploads()],
             context={"model": self.model, "processing_class": self.processing_class},
-            about={**adapters.about(self.model), **_data(source, self.model)},
+            about={**adapters.about(self.model), **_data(source)},
         )
 
     def _mesh(self) -> jax.sharding.Mesh:
@@ -296,21 +296,7 @@ def _axes(model: Model) -> PyTree:
     return partition(model.net.axes(), model.net)[0]
 
 
-def _check_vocabulary(source: Any, model: Model) -> None:
-    """An id beyond the embedding is clamped on the device: another word is trained on."""
-    rows = getattr(getattr(source, "loader", None), "rows", None)
-    if not isinstance(rows, Rows):
-        return
-    highest = max(int(ids.max(initial=0)) for row in rows for ids in sequences(row))
-    if highest >= model.net.spec.vocab_size:
-        raise DataError(
-            f"The train dataset has token {highest}, the model 0 to {model.net.spec.vocab_size - 1}"
-            ". Is the tokenizer the model's, and without added tokens?"
-        )
-
-
-def _data(source: Any, model: Model) -> dict[str, str]:
+def _data(source: Any) -> dict[str, str]:
     """What was read, for the config in checkpoints: a resumed run says if it reads other rows."""
-    _check_vocabulary(source, model)
     rows = getattr(getattr(source, "loader", None), "rows", None)
     return {"train_rows": rows.fingerprint()} if isinstance(rows, Rows) else {}

@@ -43,7 +43,10 @@ class DPOConfig(DPO, TrainingConfig):
         "max_prompt_length": "TRL removed it too; max_length cuts prompt and answer together",
         "max_completion_length": "TRL removed it too; max_length cuts prompt and answer together",
         "precompute_ref_log_probs": "the reference is scored batch by batch; leave it out",
-        "sync_ref_model": "the reference stays fixed",
+        "precompute_ref_batch_size": "the reference is scored batch by batch; leave it out",
+        "loss_weights": "mixtures of losses are not supported",
+        "f_alpha_divergence_coef": "only the reverse KL is supported",
+        "discopop_tau": "DiscoPOP is not supported",
         "f_divergence_type": "only the reverse KL is supported",
         "ld_alpha": "length desensitisation is not supported",
         "use_weighting": "WPO weights are not supported",
@@ -79,7 +82,7 @@ class DPOTrainer(Trainer):
     ) -> None:
         given = {"model": model, "ref_model": ref_model, "args": args,
                  "train_dataset": train_dataset, "processing_class": processing_class,
-                 "peft_config": peft_config}  # fmt: skip
+                 "peft_config": peft_config, "callbacks": callbacks}  # fmt: skip
         start = setup.start("DPOTrainer", DPOConfig, "DPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         longest = start.max_length
@@ -94,10 +97,11 @@ class DPOTrainer(Trainer):
             ),
             functools.partial(pair_batch, pad_id=setup.pad_id(start.tokenizer)),
             max_length=longest,
+            vocab_size=start.vocab_size,
             annotate=self._with_reference,
         )
         data = self._data.training(start.given["train_dataset"])
-        evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
+        evaluation = self._data.evaluation_if_given(eval_dataset)
         self.model = setup.open_model(
             start.model,
             start.args,
@@ -116,7 +120,7 @@ class DPOTrainer(Trainer):
             total_steps=data.total_steps,
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
-            callbacks=callbacks,
+            callbacks=start.given["callbacks"],
             dropout=not start.args.disable_dropout,
             keep_start=True,
             entropy=True,

@@ -45,7 +45,7 @@ class GRPOTrainer(Trainer):
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
                  "reward_funcs": reward_funcs, "processing_class": processing_class,
-                 "peft_config": peft_config}  # fmt: skip
+                 "peft_config": peft_config, "callbacks": callbacks}  # fmt: skip
         start = setup.start("GRPOTrainer", GRPOConfig, "GRPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         args, mesh = start.args, start.mesh
@@ -84,7 +84,7 @@ class GRPOTrainer(Trainer):
             source=source,
             total_steps=args.total_steps(plan, rollouts_per_epoch=prompts.per_epoch),
             steps_per_epoch=prompts.steps_per_epoch(plan),
-            callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
+            callbacks=[*start.given["callbacks"], *online.samples_of(source, args)],
             keep_start=reference is not None,
             entropy=True, dropout=not args.disable_dropout,
             router_aux_loss_coef=args.router_aux_loss_coef,
@@ -96,6 +96,6 @@ class GRPOTrainer(Trainer):
         return online.make_engine(
             self.model, tokenizer, max_new_tokens=room, rows=min(rows, 64),
             eos_token_ids=online.eos_ids(self.model, tokenizer), temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, min_p=args.min_p or 0.0,
+            top_k=args.top_k or 0, top_p=args.top_p, min_p=args.min_p or 0.0,
             repetition_penalty=args.repetition_penalty,
         )  # fmt: skip

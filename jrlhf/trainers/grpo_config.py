@@ -8,6 +8,7 @@ from typing import Literal
 from jrlhf.algos.grpo import GRPO
 from jrlhf.config import TrainingConfig, config
 from jrlhf.errors import ConfigError, UnsupportedFieldError
+from jrlhf.foreign import GRPO_REFUSED
 from jrlhf.rollout.collect import Plan
 from jrlhf.trainers import online_config
 
@@ -22,7 +23,7 @@ class GRPOConfig(GRPO, TrainingConfig):
         generation_batch_size: completions per rollout; None: per_device_train_batch_size × data
             shards × steps_per_generation.
         temperature: of sampling, and of every log-prob.
-        top_k: 0 is off. Log-probs are always those of the whole distribution.
+        top_k: 0 or None is off. Log-probs are always those of the whole distribution.
         top_p: 1 is off.
         min_p: None is off.
         repetition_penalty: 1 is off.
@@ -34,7 +35,7 @@ class GRPOConfig(GRPO, TrainingConfig):
         router_aux_loss_coef: weight of the load-balancing loss of a model with experts; None: as
             the model's config says; 0 turns it off.
         log_completions: print samples and write completions.jsonl at each log.
-        num_completions_to_print: so many.
+        num_completions_to_print: so many; None: all.
         use_vllm: chooses the in-process engine, as False does; said once.
         vllm_mode: only "colocate": sampler and learner share the devices by design.
         vllm_tensor_parallel_size: changes nothing, and that is said once: the mesh decides.
@@ -46,7 +47,7 @@ class GRPOConfig(GRPO, TrainingConfig):
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int | None = 0
     top_p: float = 1.0
     min_p: float | None = None
     repetition_penalty: float = 1.0
@@ -57,11 +58,13 @@ class GRPOConfig(GRPO, TrainingConfig):
     disable_dropout: bool = False
     router_aux_loss_coef: float | None = None
     log_completions: bool = False
-    num_completions_to_print: int = 4
+    num_completions_to_print: int | None = 4
     use_vllm: bool = False
     vllm_mode: Literal["colocate", "server"] = "colocate"
     vllm_tensor_parallel_size: int = 1
     vllm_gpu_memory_utilization: float = 0.3
+
+    REFUSED = GRPO_REFUSED
 
     def __post_init__(self) -> None:
         online_config.check(self, "num_iterations", "steps_per_generation", "generation_batch_size")

@@ -12,8 +12,9 @@ import jax
 from jrlhf.data.collate import padded_length
 from jrlhf.data.encode import Encoder
 from jrlhf.data.loader import Loader, StreamLoader
-from jrlhf.data.rows import RowStream
+from jrlhf.data.rows import RowStream, limit_ids
 from jrlhf.data.sources import load_rows
+from jrlhf.errors import ConfigError
 from jrlhf.sharding.mesh import check_batch, data_shards
 from jrlhf.trainers.base import LoaderSource
 from jrlhf.trainers.setup import batch_rows
@@ -55,6 +56,7 @@ class OfflineData:
         collate: Callable[..., Any],
         *,
         max_length: int,
+        vocab_size: int,
         always_longest: bool = False,
         shuffle: bool = True,
         annotate: Callable[[Batch], Batch] | None = None,
@@ -67,6 +69,7 @@ class OfflineData:
             rows_of: dataset -> tokenized rows.
             collate: rows, size, length -> numpy batch.
             max_length: longest row.
+            vocab_size: ids lie below.
             always_longest: pad to `max_length` even if all rows are shorter (packed rows are not).
             shuffle: of the training set.
             annotate: adds to each device batch, e.g. reference log-probs.
@@ -74,7 +77,7 @@ class OfflineData:
         self.mesh, self.annotate = mesh, annotate
         self._args, self._rows_of, self._collate = args, rows_of, collate
         self._max_length, self._always_longest = max_length, always_longest
-        self._shuffle = shuffle
+        self._shuffle, self._vocab_size = shuffle, vocab_size
 
     def training(self, dataset: Any) -> Training:
         """Loads and tokenizes the training set; raises before any model is loaded."""
@@ -99,6 +102,18 @@ class OfflineData:
         source = LoaderSource(loader, self.mesh, self._annotated)
         return Training(source, steps, loader.steps_per_epoch)
 
+    def evaluation_if_given(self, dataset: Any) -> Callable[[], LoaderSource] | None:
+        """The evaluation set, or None where there is none.
+
+        Raises:
+            ConfigError: there is none, and the config asks for evaluations.
+        """
+        if dataset is not None:
+            return self.evaluation(dataset)
+        if (strategy := self._args.eval_strategy) != "no":
+            raise ConfigError(f"eval_strategy={strategy!r} needs an eval_dataset.")
+        return None
+
     def evaluation(self, dataset: Any) -> Callable[[], LoaderSource]:
         """The evaluation set, in order; the last batch is filled with rows that do not count."""
         rows = self._rows(dataset, "eval", streaming=False)
@@ -116,7 +131,8 @@ class OfflineData:
         return batch if self.annotate is None else self.annotate(batch)
 
     def _rows(self, dataset: Any, name: str, **options: Any) -> Any:
-        return self._rows_of(load_rows(dataset, name=name, **options), name=name)
+        rows = self._rows_of(load_rows(dataset, name=name, **options), name=name)
+        return limit_ids(rows, self._vocab_size, name=name)
 
     def _length(self, rows: Any) -> int:
         multiple = self._args.pad_to_multiple_of

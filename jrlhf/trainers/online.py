@@ -12,7 +12,7 @@ import jax
 
 from jrlhf.auto import AutoModelForSequenceClassification
 from jrlhf.data.loader import Order, StreamLoader
-from jrlhf.data.rows import Rows, RowStream
+from jrlhf.data.rows import Rows, RowStream, limit_ids
 from jrlhf.data.sources import load_rows
 from jrlhf.data.tokenize import prompt_rows
 from jrlhf.errors import ConfigError, PromptTooLongError
@@ -72,6 +72,7 @@ class Prompts:
             max_prompt_length=limit,
             overlong=args.overlong_prompts,
         )
+        rows = limit_ids(rows, start.vocab_size, name="train")
         if isinstance(rows, RowStream) and wanted is None:
             raise ConfigError("Streamed prompts have no known length: set max_prompt_length.")
         longest = limit if isinstance(rows, RowStream) else rows.longest

@@ -48,7 +48,7 @@ class PPOTrainer(Trainer):
         given = {"args": args, "processing_class": processing_class, "model": model,
                  "ref_model": ref_model, "reward_model": reward_model,
                  "train_dataset": train_dataset,
-                 "peft_config": peft_config}  # fmt: skip
+                 "peft_config": peft_config, "callbacks": callbacks}  # fmt: skip
         start = setup.start("PPOTrainer", PPOConfig, "PPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         args, mesh = start.args, start.mesh
@@ -75,7 +75,7 @@ class PPOTrainer(Trainer):
         suite = online.reward_suite(
             rewards, start, rows=plan.micro_rows, tokenizers=reward_processing_class
         )
-        self._assemble(start, prompts, plan, value, suite, callbacks)
+        self._assemble(start, prompts, plan, value, suite)
 
     def _assemble(
         self,
@@ -84,7 +84,6 @@ class PPOTrainer(Trainer):
         plan: Plan,
         value: Model | None,
         suite: RewardSuite,
-        callbacks: list[Any] | None,
     ) -> None:
         args = start.args
         reference = setup.reference_of(self.model, self.ref_model, args, "PPOTrainer")
@@ -108,7 +107,7 @@ class PPOTrainer(Trainer):
             source=source,
             total_steps=args.total_steps(plan, rollouts_per_epoch=prompts.per_epoch),
             steps_per_epoch=prompts.steps_per_epoch(plan),
-            callbacks=[*(callbacks or ()), *online.samples_of(source, args)],
+            callbacks=[*start.given["callbacks"], *online.samples_of(source, args)],
             keep_start=True,
             value_model=value,
             dropout=False,
@@ -122,7 +121,7 @@ class PPOTrainer(Trainer):
             ends.append(args.stop_token_id)
         return online.make_engine(
             self.model, tokenizer, max_new_tokens=room, eos_token_ids=ends, rows=min(rows, 64),
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            temperature=args.temperature, top_k=args.top_k or 0, top_p=args.top_p,
         )  # fmt: skip
 
     def _exported(self) -> Any:

@@ -24,7 +24,7 @@ class PPOConfig(PPO, TrainingConfig):
         total_episodes: completions of the whole run; None: num_train_epochs over the prompts.
         response_length: longest completion, tokens.
         temperature: of sampling, and of every log-prob.
-        top_k: 0 is off. Log-probs are always those of the whole distribution.
+        top_k: 0 or None is off. Log-probs are always those of the whole distribution.
         top_p: 1 is off.
         stop_token: "eos" ends a completion at EOS; None always samples `response_length` tokens.
         stop_token_id: ends a completion too.
@@ -33,7 +33,7 @@ class PPOConfig(PPO, TrainingConfig):
         sft_model_path: the model, if none is passed to the trainer.
         reward_model_path: the reward model, if none is passed to the trainer.
         log_completions: print samples and write completions.jsonl at each log.
-        num_completions_to_print: so many.
+        num_completions_to_print: so many; None: all.
     """
 
     learning_rate: float = 3e-6
@@ -44,7 +44,7 @@ class PPOConfig(PPO, TrainingConfig):
     total_episodes: int | None = None
     response_length: int = 53
     temperature: float = 0.7
-    top_k: int = 0
+    top_k: int | None = 0
     top_p: float = 1.0
     stop_token: Literal["eos"] | None = "eos"
     stop_token_id: int | None = None
@@ -53,7 +53,7 @@ class PPOConfig(PPO, TrainingConfig):
     sft_model_path: str | None = None
     reward_model_path: str | None = None
     log_completions: bool = False
-    num_completions_to_print: int = 4
+    num_completions_to_print: int | None = 4
 
     ALIASES = {"ppo_epochs": "num_ppo_epochs", "init_kl_coef": "kl_coef",
                "max_new_tokens": "response_length"}  # fmt: skip

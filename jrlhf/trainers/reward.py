@@ -61,7 +61,7 @@ class RewardTrainer(Trainer):
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
                  "processing_class": processing_class,
-                 "peft_config": peft_config}  # fmt: skip
+                 "peft_config": peft_config, "callbacks": callbacks}  # fmt: skip
         start = setup.start("RewardTrainer", RewardConfig, "Reward", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         tokenizer = encoder(start.tokenizer, start.args.chat_template_path)
@@ -76,9 +76,10 @@ class RewardTrainer(Trainer):
             ),
             functools.partial(pair_batch, pad_id=setup.pad_id(start.tokenizer)),
             max_length=start.max_length,
+            vocab_size=start.vocab_size,
         )
         data = self._data.training(start.given["train_dataset"])
-        evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
+        evaluation = self._data.evaluation_if_given(eval_dataset)
         self.model = setup.open_model(
             start.model,
             start.args,
@@ -95,7 +96,7 @@ class RewardTrainer(Trainer):
             total_steps=data.total_steps,
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
-            callbacks=callbacks,
+            callbacks=start.given["callbacks"],
             dropout=not start.args.disable_dropout,
         )
 

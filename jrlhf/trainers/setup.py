@@ -1,11 +1,10 @@
-"""From what users write to what a run needs: old arguments, models, tokenizers, meshes, sizes."""
+"""From what users write to what a run needs: models, tokenizers, meshes, sizes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ from jrlhf.auto import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSequenceClassification,
 )
-from jrlhf.config import TrainingConfig, aliases
-from jrlhf.errors import ConfigError, ModelError, suggest
+from jrlhf.config import TrainingConfig
+from jrlhf.errors import ConfigError, ModelError
 from jrlhf.model import Model
 from jrlhf.models import hub
 from jrlhf.models.build import Net
@@ -27,75 +26,11 @@ from jrlhf.models.halves import partition
 from jrlhf.models.lora.config import base_of
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
+from jrlhf.train.callbacks import check_callbacks
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.writers import reporters
 from jrlhf.trainers import adapters
-
-# Arguments of TRL's trainers that belong to PyTorch.
-_REFUSED = {
-    "optimizers": "choose it with the config's optim, learning_rate and lr_scheduler_type",
-    "optimizer_cls_and_kwargs": "choose the optimizer with the config's optim",
-    "quantization_config": "give model_init_kwargs={'load_in_4bit': True}",
-    "data_collator": "rows are padded to one static length; shape them in the dataset",
-    "compute_loss_func": "the loss is the algorithm's; see jrlhf.algos",
-    "compute_metrics": "metrics are the algorithm's; use callbacks to add your own",
-    "preprocess_logits_for_metrics": "logits are never built",
-    "model_init": "pass the model",
-    "eval_dataset": "the rollouts are the evaluation; compare policies with `jrlhf evaluate`",
-}
-_OLD = {"tokenizer": "processing_class", "config": "args", "dataset": "train_dataset",
-        "policy": "model", "ref_policy": "ref_model"}  # fmt: skip
-
-
-def modernise(
-    face: str, config_class: type, given: dict[str, Any], old: dict[str, Any]
-) -> dict[str, Any]:
-    """Merges a constructor's old keyword arguments into its present ones.
-
-    Args:
-        face: name of the trainer, for messages.
-        config_class: its config; fields given to the trainer go there.
-        given: the present arguments, with "args".
-        old: everything else that was given.
-
-    Returns:
-        `given` with renamed arguments filled in and "args" a config.
-
-    Raises:
-        ConfigError: an unknown or doubled argument, or one that cannot work here.
-    """
-    fields = {f.name for f in dataclasses.fields(config_class)} | set(aliases(config_class))
-    into_config: dict[str, Any] = {}
-    for name, value in old.items():
-        new = _OLD.get(name, name)
-        if new in given and new != name:
-            _warn(f"{face}: {name} is now {new}.")
-            if given[new] is not None:
-                raise ConfigError(f"{face}: {name} and {new} mean the same; give one of them.")
-            given[new] = value
-        elif name in fields:
-            _warn(f"{face}: {name} belongs into {config_class.__name__}({name}=...).")
-            into_config[name] = value
-        elif name in _REFUSED:
-            if value not in (None, (None, None)):
-                raise ConfigError(f"{face}: {name} is not supported: {_REFUSED[name]}.")
-        else:
-            raise ConfigError(f"{face} has no argument {name!r}.{suggest(name, [*given, *fields])}")
-    args = given["args"]
-    if args is not None and not isinstance(args, config_class):
-        raise ConfigError(
-            f"{face}: args must be a {config_class.__name__}, got {type(args).__name__}."
-        )
-    if args is None:
-        args = config_class(**into_config)
-    elif into_config:
-        args = dataclasses.replace(args, **into_config)  # type: ignore[type-var]
-    given["args"] = args
-    return given
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, DeprecationWarning, stacklevel=5)
+from jrlhf.trainers.arguments import modernise
 
 
 class Start(NamedTuple):
@@ -106,16 +41,18 @@ class Start(NamedTuple):
         model: as given: a path, a hub name or a model.
         tokenizer: the policy's (or classifier's).
         mesh: where the run lives.
-        context: positions of the model.
         given: the face's arguments, old names translated.
+        context: positions of the model.
+        vocab_size: of the model.
     """
 
     args: Any
     model: Any
     tokenizer: Any
     mesh: jax.sharding.Mesh
-    context: int
     given: dict[str, Any]
+    context: int
+    vocab_size: int
 
     @property
     def max_length(self) -> int:
@@ -133,12 +70,13 @@ def start(
 ) -> Start:
     """Reads a face's arguments; everything that can be wrong without a model is found here."""
     given = modernise(face, config_class, given, old)
+    given["callbacks"] = check_callbacks(given["callbacks"], face)
     fallback = getattr(given["args"], "sft_model_path", None)
     model = need(given["model"] or fallback, face, "a model (--model_name_or_path)")
     need(given["train_dataset"], face, "a train_dataset")
     if given.get("peft_config") is not None:
         head = "classifier" if kind == "Reward" else "causal"
-        spec = model.net.spec if isinstance(model, Model) else _spec_of(model, head=head)
+        spec = _spec_of(model, head=head)
         given["peft_config"] = adapters.check(
             face, given["args"], model, given["peft_config"], spec
         )
@@ -147,9 +85,12 @@ def start(
     make_optimizer(args, 1)  # to know the names
     reporters(args.report_to)
     use_compile_cache()
-    context = context_length(model)  # before the tokenizer: it says what is no model at all
+    spec = _spec_of(model)  # before the tokenizer: it says what is no model at all
     tokenizer = tokenizer_for(given["processing_class"], model, face)
-    return Start(args, model, tokenizer, mesh_for(args, model), context, given)
+    return Start(
+        args, model, tokenizer, mesh_for(args, model), given,
+        context=spec.max_position_embeddings, vocab_size=spec.vocab_size,
+    )  # fmt: skip
 
 
 def _check_init_kwargs(args: TrainingConfig, model: Any, face: str) -> None:
@@ -191,7 +132,14 @@ def batch_rows(args: TrainingConfig, mesh: jax.sharding.Mesh) -> int:
 
 def tokenizer_for(processing_class: Any, model: Any, face: str) -> Any:
     """The given tokenizer, else the model's own; loaded without its weights."""
+    if isinstance(processing_class, (str, Path)):
+        return load_tokenizer(processing_class)
     if processing_class is not None:
+        if not callable(getattr(processing_class, "decode", None)):
+            raise ConfigError(
+                f"{face}: processing_class must be a tokenizer or its path or hub name, got "
+                f"{type(processing_class).__name__}."
+            )
         return processing_class
     if isinstance(model, Model):
         return model.tokenizer
@@ -311,19 +259,14 @@ def _trunk(args: TrainingConfig, spec: Any) -> int:
     return spec.num_hidden_layers - args.num_layers_unfrozen
 
 
-def context_length(model: Any) -> int:
-    """Positions of the model, read from its config alone."""
+def _spec_of(model: Any, **choices: Any) -> Any:
+    """The spec of a model, or of a named one; that is read from its config alone."""
     if isinstance(model, Model):
-        return model.net.spec.max_position_embeddings
-    return _spec_of(model).max_position_embeddings
-
-
-def _spec_of(name: str | Path, **choices: Any) -> Any:
-    """The spec of a named model, read from its config alone."""
+        return model.net.spec
     from jrlhf.models.families import spec_from_config
     from jrlhf.models.load import open_checkpoint
 
-    path = hub.resolve(name)
+    path = hub.resolve(model)
     path = hub.resolve(base_of(path) or path)
     return spec_from_config(open_checkpoint(path).config, **choices)
 

@@ -45,6 +45,10 @@ class SFTConfig(SFT, TrainingConfig):
     router_aux_loss_coef: float | None = None
 
     ALIASES = {"max_seq_length": "max_length"}
+    REFUSED = {
+        "truncation_mode": "rows are cut at their end",
+        "eval_packing": "evaluation rows are packed as training rows are",
+    }
 
 
 class SFTTrainer(Trainer):
@@ -75,12 +79,12 @@ class SFTTrainer(Trainer):
     ) -> None:
         given = {"model": model, "args": args, "train_dataset": train_dataset,
                  "processing_class": processing_class,
-                 "peft_config": peft_config}  # fmt: skip
+                 "peft_config": peft_config, "callbacks": callbacks}  # fmt: skip
         start = setup.start("SFTTrainer", SFTConfig, "SFT", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         self._data = _data(start, formatting_func)
         data = self._data.training(start.given["train_dataset"])
-        evaluation = None if eval_dataset is None else self._data.evaluation(eval_dataset)
+        evaluation = self._data.evaluation_if_given(eval_dataset)
         self.model = setup.open_model(
             start.model,
             start.args,
@@ -95,7 +99,7 @@ class SFTTrainer(Trainer):
             total_steps=data.total_steps,
             steps_per_epoch=data.steps_per_epoch,
             evaluation=evaluation,
-            callbacks=callbacks,
+            callbacks=start.given["callbacks"],
             entropy=True,
             router_aux_loss_coef=self.args.router_aux_loss_coef,
         )
@@ -123,6 +127,7 @@ def _data(start: setup.Start, formatting_func: Callable[[dict[str, Any]], str] |
         rows_of,
         functools.partial(lm_batch, pad_id=setup.pad_id(start.tokenizer)),
         max_length=start.max_length,
+        vocab_size=start.vocab_size,
         always_longest=args.packing,
         shuffle=args.shuffle_dataset,
     )

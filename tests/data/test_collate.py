@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jrlhf.data.collate import lm_batch, padded_length, pair_batch, prompt_batch
+from jrlhf.data.collate import lm_batch, padded_length, pair_batch
 from jrlhf.data.pack import best_fit_decreasing, pack
 from jrlhf.errors import DataError
 
@@ -85,13 +85,6 @@ def test_reference_log_probs_lie_where_their_tokens_lie() -> None:
     }
     batch = pair_batch([row], 2, length=4)
     assert batch["ref_logps"].tolist() == [[[0, -1, -2, 0], [0] * 4], [[0] * 4] * 2]
-
-
-def test_prompt_batches_keep_prompts_and_columns_together() -> None:
-    rows = [{"ids": np.array([i]), "prompt": str(i), "columns": {"answer": i}} for i in range(3)]
-    assert prompt_batch(rows, 4) == {
-        "prompt_ids": [[0], [1], [2]], "prompts": ["0", "1", "2"], "columns": {"answer": [0, 1, 2]},
-    }  # fmt: skip
 
 
 def test_rows_that_do_not_fit_are_an_error_not_a_cut() -> None:

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 
 from jrlhf.data.formats import (
     extract_prompt,
-    is_conversational,
     split_preference,
     to_chatml,
-    unpair,
 )
 from jrlhf.errors import DataError
 
@@ -116,20 +114,3 @@ def test_sharegpt_becomes_chatml_without_touching_the_row() -> None:
 def test_keys_that_datasets_filled_with_none_disappear() -> None:
     row = {"messages": [{"role": "user", "content": "Hi", "tool_calls": None}]}
     assert to_chatml(row)["messages"] == [user("Hi")]
-
-
-def test_conversational_rows_are_told_from_text() -> None:
-    assert is_conversational({"prompt": [user("Hi")], "label": 1})
-    assert not is_conversational({"prompt": "Hi", "tools": [{"role": "x"}]})
-    assert not is_conversational({"messages": []})
-
-
-def test_unpaired_rows_come_chosen_first() -> None:
-    rows = [{"prompt": "p", "chosen": f" g{i}", "rejected": f" b{i}", "id": i} for i in range(2)]
-    got = [(r["prompt"], r["completion"], r["label"], r["id"]) for r in unpair(rows)]
-    assert got == [
-        ("p", " g0", True, 0),
-        ("p", " g1", True, 1),
-        ("p", " b0", False, 0),
-        ("p", " b1", False, 1),
-    ]

@@ -46,6 +46,7 @@ def saved(out: str = "run") -> list[int]:
 def logging_steps(_: pytest.MonkeyPatch) -> None:
     assert entries(run(logging_steps=1), "loss") == [1, 2, 3, 4, 5, 6]
     assert entries(run(logging_steps=4), "loss") == [4]
+    assert entries(run(logging_steps=0.3), "loss") == [2, 4, 6]  # of six steps, rounded up
 
 
 def eval_strategy(_: pytest.MonkeyPatch) -> None:
@@ -57,6 +58,7 @@ def eval_strategy(_: pytest.MonkeyPatch) -> None:
 def eval_steps(_: pytest.MonkeyPatch) -> None:
     assert entries(run(eval_strategy="steps", eval_steps=3), "eval_loss") == [3, 6]
     assert entries(run(eval_strategy="steps", eval_steps=4), "eval_loss") == [4, 6]
+    assert entries(run(eval_strategy="steps", eval_steps=0.5), "eval_loss") == [3, 6]
 
 
 def save_strategy(_: pytest.MonkeyPatch) -> None:
@@ -69,6 +71,8 @@ def save_strategy(_: pytest.MonkeyPatch) -> None:
 def save_steps(_: pytest.MonkeyPatch) -> None:
     run(save_strategy="steps", save_steps=4)
     assert saved() == [4, 6]
+    run("share", save_strategy="steps", save_steps=0.5)
+    assert saved("share") == [3, 6]
 
 
 def save_total_limit(_: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ import gguf
 import pytest
 
 from jrlhf.errors import TokenizerError
-from jrlhf.models.tokenizer import encode_text, load_tokenizer, save_tokenizer
+from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from tests.models.plain import encode_text
 
 SPACE = "\u2581"
 PIECES = {

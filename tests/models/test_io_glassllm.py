@@ -15,7 +15,8 @@ import pytest
 from jrlhf.errors import MissingFileError, MissingWeightError, ModelError
 from jrlhf.models.glassllm import SPECIALS, unpermute_rows
 from jrlhf.models.load import load_pretrained, save_pretrained
-from jrlhf.models.tokenizer import encode_text, load_tokenizer
+from jrlhf.models.tokenizer import load_tokenizer
+from tests.models.plain import encode_text
 
 SIZES = {"vocab_size": 12, "d_model": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1}
 CONFIG = {**SIZES, "max_len": 16, "rope_base": 100.0, "eps": 1e-6, "init_std": 0.02}

@@ -125,7 +125,7 @@ def close(ours: Any, theirs: Any, what: str) -> None:
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
 def test_peft_and_jrlhf_load_each_others_adapters(
-    fields: dict[str, Any], origins: dict[str, Path], tmp_path: Path
+    fields: dict[str, Any], origins: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
     import peft
     import torch
@@ -144,6 +144,10 @@ def test_peft_and_jrlhf_load_each_others_adapters(
     weights = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
     logits, gradient = logits_and_gradient(ours, weights)
     close(logits, expected.detach(), "logits")
+    ours.print_trainable_parameters()
+    said = capsys.readouterr().out
+    model.print_trainable_parameters()
+    assert said == capsys.readouterr().out
     assert ours.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
 
     (expected * torch.tensor(weights)).sum().backward()

@@ -16,6 +16,7 @@ from jrlhf.models.build import Net, combine, linear_maps, partition
 from jrlhf.models.quantize import dense, holds_quantized, quantize
 from jrlhf.models.spec import DecoderSpec
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
+from jrlhf.sharding.mesh import make_mesh
 
 pytest.importorskip("qwix", reason="needs the extra `qlora`")
 SPEC = DecoderSpec(
@@ -109,3 +110,30 @@ def test_a_quantised_base_is_loaded_and_never_saved(tmp_path: Path, base: Model)
     with pytest.raises(ConfigError, match="int8 or nf4, not 'int3'"):
         quantize(base.params, linear_maps(SPEC), "int3", dtype="float32")
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128
+
+
+@pytest.mark.parametrize("kind", ["load_in_8bit", "load_in_4bit"])
+def test_a_mesh_cuts_the_codes_and_changes_no_number(
+    kind: str, tmp_path: Path, base: Model
+) -> None:
+    base.save_pretrained(tmp_path)
+    found = []
+    for mesh in (None, make_mesh("fsdp=4,tensor=2")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, mesh=mesh, **{kind: True})
+        if mesh is not None:
+            codes = model.params["layers"]["mlp"]["gate"]["kernel"].codes.qvalue
+            assert codes.addressable_shards[0].data.size == codes.size // 8
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        trainable, frozen = partition(adapted.params, adapted.net)
+        # B is zero at the start: moved, so that A has a gradient too.
+        trainable = jax.tree.map(lambda x: x + 0.01 * jnp.cos(jnp.arange(x.size).reshape(x.shape)),
+                                 jax.device_get(trainable))  # fmt: skip
+        net = adapted.net
+
+        def loss(trainable: dict, frozen: dict, net: Net = net) -> jax.Array:
+            return jnp.sum(net.hidden(combine(trainable, frozen), IDS) ** 3)
+
+        gradient = jax.jit(jax.grad(loss))(trainable, frozen)
+        found.append(jax.device_get((model(IDS).logits, gradient)))
+    for one, other in zip(*(jax.tree.leaves(f) for f in found), strict=True):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()

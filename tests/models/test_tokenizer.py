@@ -11,7 +11,8 @@ import regex
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jrlhf.errors import MissingFileError, TokenizerError
-from jrlhf.models.tokenizer import encode_text, load_tokenizer, save_tokenizer
+from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from tests.models.plain import encode_text
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (

@@ -17,7 +17,6 @@ from jrlhf.config import TrainingConfig
 from jrlhf.errors import ConfigError
 from jrlhf.train.callbacks import EVENTS, Callback
 from jrlhf.train.interrupt import TrainingInterrupted
-from jrlhf.train.loop import count_steps
 
 
 def config(directory, **values):
@@ -259,14 +258,6 @@ def test_stopping_an_epoch_early_is_refused_by_name(toy, tmp_path):
     run = toy.setup(config(tmp_path), callbacks=[Impatient()])
     with pytest.raises(ConfigError, match="should_epoch_stop"):
         run.loop.run(run.state, {})
-
-
-@pytest.mark.parametrize(
-    ("max_steps", "epochs", "wanted"), [(7, 3.0, 7), (-1, 3.0, 30), (-1, 0.25, 3), (-1, 1.01, 11)]
-)
-def test_steps_are_counted_from_epochs_unless_given(max_steps, epochs, wanted):
-    values = TrainingConfig(max_steps=max_steps, num_train_epochs=epochs)
-    assert count_steps(values, 10) == wanted
 
 
 def test_a_signal_in_the_loop_saves_and_leaves_by_name(toy, tmp_path):

@@ -70,6 +70,7 @@ def test_linear_rises_from_zero_and_falls_to_zero():
 def test_warmup_ratio_is_rounded_up_and_warmup_steps_win():
     by_ratio = rates(config(warmup_ratio=0.1))
     np.testing.assert_array_equal(by_ratio, rates(config(warmup_steps=math.ceil(TOTAL * 0.1))))
+    np.testing.assert_array_equal(by_ratio, rates(config(warmup_steps=0.1)))
     both = rates(config(warmup_ratio=0.9, warmup_steps=2))
     np.testing.assert_array_equal(both, rates(config(warmup_steps=2)))
 

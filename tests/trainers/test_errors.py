@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from jrlhf import (
@@ -189,6 +190,33 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[str], Any]]] = {
         "has token 100000, the model 0 to",
         lambda m: SFTTrainer(model=m, train_dataset=[{"input_ids": [1, 2, 100_000]}] * 8),
     ),
+    "a prompt's token that the model does not have": (
+        DataError,
+        "has token 100000, the model 0 to",
+        lambda m: GRPOTrainer(
+            model=m, reward_funcs=length, train_dataset=[{"input_ids": [1, 100_000]}] * 8
+        ),
+    ),
+    "an evaluation without a set": (
+        ConfigError,
+        "eval_strategy='steps' needs an eval_dataset",
+        lambda m: SFTTrainer(model=m, train_dataset=ROWS, args=SFTConfig(eval_strategy="steps")),
+    ),
+    "callbacks that are no list": (
+        ConfigError,
+        "callbacks must be a list, got int",
+        lambda m: SFTTrainer(model=m, train_dataset=ROWS, callbacks=5),
+    ),
+    "a callback without an event": (
+        ConfigError,
+        "none of the methods on_init_end",
+        lambda m: SFTTrainer(model=m, train_dataset=ROWS, callbacks=[object()]),
+    ),
+    "no tokenizer": (
+        ConfigError,
+        "processing_class must be a tokenizer",
+        lambda m: SFTTrainer(model=m, train_dataset=ROWS, processing_class=5),
+    ),
     "an unknown model": (
         MissingFileError,
         "no-such",
@@ -218,6 +246,21 @@ def test_bad_input_is_a_named_error(case: str, glassllm: str) -> None:
     with pytest.raises(error, match=words):
         call(glassllm)
     assert not list(Path().glob("*/metrics.jsonl")), "training began"
+
+
+def test_a_tokenizer_may_be_given_by_path(glassllm: str) -> None:
+    trainer = SFTTrainer(model=glassllm, train_dataset=ROWS * 8, processing_class=glassllm)
+    assert trainer.processing_class("Alice") == SFTTrainer(
+        model=glassllm, train_dataset=ROWS * 8
+    ).processing_class("Alice")
+
+
+def test_a_foreign_token_in_a_stream_is_named_when_it_comes(glassllm: str) -> None:
+    rows = [*[{"input_ids": [1, 2]}] * 8, {"input_ids": [1, 100_000]}] * 8
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    trainer = SFTTrainer(model=glassllm, train_dataset=stream, args=SFTConfig(max_steps=2))
+    with pytest.raises(DataError, match="has token 100000"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
