@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +29,8 @@ if "HF_HOME" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
+
+from tests.modules import module_at  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.standin_hub import StandInHub
@@ -69,3 +72,28 @@ def standin_hub() -> Iterator[StandInHub]:
 def repository() -> Path:
     """The checkout's root."""
     return TESTS.parent
+
+
+@pytest.fixture(scope="session")
+def assets(repository: Path) -> ModuleType:
+    """scripts/assets.py as a module."""
+    return module_at(repository / "scripts" / "assets.py")
+
+
+def _fetch(assets: ModuleType, name: str) -> Path:
+    try:
+        return assets.fetch(name)
+    except assets.AssetError as error:
+        pytest.skip(f"the model {name} cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(assets: ModuleType) -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file."""
+    return _fetch(assets, "smollm2")
+
+
+@pytest.fixture(scope="session")
+def glassllm(assets: ModuleType) -> Path:
+    """glassllm-en, a directory."""
+    return _fetch(assets, "glassllm")

@@ -94,7 +94,9 @@ def test_the_command_line_and_yaml_answer_to_the_same_names(
     file = tmp_path / "c.yaml"
     file.write_text(json.dumps({"dataloader_num_workers": 4, "logging_strategy": "steps"}))
     words = ["sft", "--config", str(file), "--dataset_name", "nowhere.jsonl", "--model", "nowhere"]
-    with pytest.warns(UserWarning, match="dataloader_num_workers changes nothing"):
+    said = [pytest.warns(UserWarning, match=f"{name} changes nothing")
+            for name in ("dataloader_num_workers", "remove_unused_columns")]  # fmt: skip
+    with said[0], said[1]:
         assert main([*words, "--remove_unused_columns", "False"]) == 2
     assert "nowhere" in capsys.readouterr().err  # it went on to the next mistake
     for more, hint in (

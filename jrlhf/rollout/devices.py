@@ -11,7 +11,7 @@ import numpy as np
 
 from jrlhf.errors import MeshError
 from jrlhf.sharding import place, rules
-from jrlhf.types import Batch
+from jrlhf.types import Batch, PyTree
 
 
 def put(mesh: jax.sharding.Mesh | None, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -19,6 +19,11 @@ def put(mesh: jax.sharding.Mesh | None, batch: Mapping[str, np.ndarray]) -> Batc
     if mesh is None:
         return {name: jax.numpy.asarray(x) for name, x in batch.items()}
     return place.put_batch(mesh, dict(batch))
+
+
+def everywhere(mesh: jax.sharding.Mesh | None, tree: PyTree) -> PyTree:
+    """Host arrays whole on every device."""
+    return jax.device_put(tree, None if mesh is None else place.replicated(mesh))
 
 
 def active(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:

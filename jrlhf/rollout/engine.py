@@ -16,8 +16,9 @@ import numpy as np
 
 from jrlhf.errors import ConfigError, DataError, ModelError, PromptTooLongError
 from jrlhf.models.build import Net
-from jrlhf.rollout.devices import agree_max, put, round_up, row_shards, to_host
+from jrlhf.rollout.devices import agree_max, everywhere, put, round_up, row_shards, to_host
 from jrlhf.rollout.sampling import Sampled, SamplingParams, sample
+from jrlhf.rollout.stops import stops_of
 from jrlhf.types import PyTree
 
 
@@ -92,13 +93,15 @@ class Engine:
             rows: rows per call of the sampler, rounded up to what the mesh divides; None: the next
                 power of two of the number of prompts, at most 64.
             prompt_bucket: prompt lengths are rounded up to `bucket(length, prompt_bucket)`.
-            stop_strings: a completion is cut after the token that completes one of them.
+            stop_strings: a completion ends after the token that completes one of them.
         """
         if stop_strings and tokenizer is None:
             raise DataError("stop_strings need a tokenizer to decode with.")
         self.net, self.tokenizer, self.sampling = net, tokenizer, sampling
         self._mesh, self._rows, self._bucket = mesh, rows, prompt_bucket
         self._stops = tuple(s for s in stop_strings if s)
+        found = stops_of(tokenizer, self._stops, net.spec.vocab_size)
+        self._automaton = None if found is None else everywhere(mesh, found)
 
     def generate(
         self,
@@ -180,6 +183,7 @@ class Engine:
             keys,
             self.sampling,
             np.int32(limit),
+            self._automaton,
             mesh=self._mesh,
         )
         found = jax.tree.map(to_host, result)

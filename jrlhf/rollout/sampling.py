@@ -21,6 +21,7 @@ from jrlhf.ops import sampling as ops
 from jrlhf.ops.logps import head_logits
 from jrlhf.ops.turned import Turned
 from jrlhf.rollout.devices import active
+from jrlhf.rollout.stops import Stops
 from jrlhf.types import PyTree
 
 
@@ -79,7 +80,7 @@ class Sampled(NamedTuple):
         lengths: tokens of each row, EOS included.
         logps: log-prob of each token under softmax(logits / temperature) over the whole
             vocabulary, before top-k, top-p, min-p and penalties: what `score.outputs` computes.
-        done: True where an EOS ended the row.
+        done: True where an EOS or a stop string ended the row.
         steps: tokens drawn before all rows had ended; the others cost nothing.
     """
 
@@ -95,6 +96,7 @@ class _State(NamedTuple):
     last: Int[Array, " r"]  # the newest token, not yet in the cache
     cache: PyTree
     seen: Bool[Array, "r v"] | None  # tokens in prompt or completion; None without a penalty
+    matched: Int[Array, " r"]  # state of the stop strings' automaton
 
 
 @functools.partial(jax.jit, static_argnames=("net", "sampling", "mesh"))
@@ -106,6 +108,7 @@ def sample(
     keys: Key[Array, " r"],
     sampling: SamplingParams,
     limit: Int[Array, ""] | int | None = None,
+    stops: Stops | None = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Sampled:
@@ -121,10 +124,11 @@ def sample(
         sampling: see `SamplingParams`.
         limit: stop after so many tokens, at most `max_new_tokens`; traced, so that near-by limits
             share one executable.
+        stops: also ends a row; see `rollout.stops`.
         mesh: over which rows and parameters are cut; None: one device.
     """
     with active(mesh):
-        return _sample(net, params, prompt_ids, prompt_lengths, keys, sampling, limit)
+        return _sample(net, params, prompt_ids, prompt_lengths, keys, sampling, limit, stops)
 
 
 def _sample(
@@ -135,6 +139,7 @@ def _sample(
     keys: Key[Array, " r"],
     sampling: SamplingParams,
     limit: Int[Array, ""] | int | None,
+    stops: Stops | None,
 ) -> Sampled:
     (b, p), r, n = prompt_ids.shape, keys.shape[0], sampling.max_new_tokens
     limit = jnp.int32(n) if limit is None else jnp.minimum(jnp.asarray(limit, jnp.int32), n)
@@ -153,7 +158,7 @@ def _sample(
     in_cache = jnp.pad(in_prompt, ((0, 0), (0, n)))
 
     def draw(state: _State, hidden: Float[Array, "r d"]) -> _State:
-        return _draw(net, head, keys, sampling, state, hidden)
+        return _draw(net, head, keys, sampling, stops, state, hidden)
 
     def body(state: _State) -> _State:
         j = state.out.steps - 1  # this token's index in the completion
@@ -176,7 +181,8 @@ def _sample(
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = ops.seen_tokens(prompt_ids, prompt_lengths, vocab=head.shape[-1])
-    first = _State(blank, jnp.zeros((r,), jnp.int32), cache, seen)
+    none = jnp.zeros((r,), jnp.int32)
+    first = _State(blank, none, cache, seen, none)
     out = jax.lax.while_loop(running, body, draw(first, last_hidden)).out
     return out._replace(done=out.done & (prompt_lengths > 0))
 
@@ -186,6 +192,7 @@ def _draw(
     head: Float[Array, "d v"] | Turned,
     keys: Key[Array, " r"],
     sampling: SamplingParams,
+    stops: Stops | None,
     state: _State,
     hidden: Float[Array, "r d"],
 ) -> _State:
@@ -218,6 +225,10 @@ def _draw(
     logp = jnp.where(out.done, 0.0, ops.taken_logps(scaled, token))
     ended = jnp.isin(token, jnp.asarray(sampling.eos_token_ids, jnp.int32))
     seen = None if state.seen is None else ops.see(state.seen, token)
+    matched = state.matched
+    if stops is not None:
+        matched = jnp.where(t == 0, stops.first[token], stops.following[matched, token])
+        ended |= matched == len(stops.following) - 1
     out = Sampled(
         ids=jax.lax.dynamic_update_index_in_dim(out.ids, token, t, axis=1),
         lengths=out.lengths + ~out.done,
@@ -225,4 +236,4 @@ def _draw(
         done=out.done | ended,
         steps=t + 1,
     )
-    return _State(out, token, state.cache, seen)
+    return _State(out, token, state.cache, seen, matched)

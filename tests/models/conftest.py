@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -91,34 +88,3 @@ def hf_tensors(tmp_path: Path) -> Callable[..., tuple[Path, Tensors]]:
         return write_hf(tmp_path / "origin", config, tensors), tensors
 
     return make
-
-
-@pytest.fixture(scope="session")
-def assets(repository: Path) -> ModuleType:
-    """scripts/assets.py as a module."""
-    spec = importlib.util.spec_from_file_location("assets", repository / "scripts" / "assets.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["assets"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _fetch(assets: ModuleType, name: str) -> Path:
-    try:
-        return assets.fetch(name)
-    except assets.AssetError as error:
-        pytest.skip(f"the model {name} cannot be had here: {error}")
-
-
-@pytest.fixture(scope="session")
-def smollm2(assets: ModuleType) -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file."""
-    return _fetch(assets, "smollm2")
-
-
-@pytest.fixture(scope="session")
-def glassllm(assets: ModuleType) -> Path:
-    """glassllm-en, a directory."""
-    return _fetch(assets, "glassllm")

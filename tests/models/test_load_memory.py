@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.modules import module_at
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
 def test_loading_onto_eight_devices_takes_a_file_besides_its_slice(
     tmp_path: Path, repository: Path
 ) -> None:
-    place = repository / "benchmarks" / "bench_load.py"
-    spec = importlib.util.spec_from_file_location("bench_load", place)
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    sys.modules["bench_load"] = bench
-    spec.loader.exec_module(bench)
+    bench = module_at(repository / "benchmarks" / "bench_load.py")
     largest = bench.write_checkpoint(tmp_path, bench.QUICK)
     row = bench.judge(bench.measure(tmp_path, "float32"), largest)
     assert row["devices"] == 8

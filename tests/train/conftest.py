@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.modules import module_at
+
 
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
     """tests/train/toy.py"""
-    path = Path(__file__).with_name("toy.py")
-    spec = importlib.util.spec_from_file_location("jrlhf_toy", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["jrlhf_toy"] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_at(Path(__file__).with_name("toy.py"))

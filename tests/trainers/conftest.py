@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +19,16 @@ TEXTS = [
 ]
 
 
-def asset(repository: Path, name: str) -> str:
-    """The path of one of the real models; skips with the reason where it cannot be had."""
-    spec = importlib.util.spec_from_file_location("assets", repository / "scripts" / "assets.py")
-    assert spec is not None
-    assert spec.loader is not None
-    assets = importlib.util.module_from_spec(spec)
-    sys.modules["assets"] = assets
-    spec.loader.exec_module(assets)
-    try:
-        return str(assets.fetch(name))
-    except assets.AssetError as error:
-        pytest.skip(f"the model {name} cannot be had here: {error}")
+@pytest.fixture(scope="session")
+def glassllm(glassllm: Path) -> str:
+    """As users write it."""
+    return str(glassllm)
 
 
 @pytest.fixture(scope="session")
-def glassllm(repository: Path) -> str:
-    """A real small model."""
-    return asset(repository, "glassllm")
-
-
-@pytest.fixture(scope="session")
-def smollm2(repository: Path) -> str:
-    """SmolLM2-135M-Instruct."""
-    return asset(repository, "smollm2")
+def smollm2(smollm2: Path) -> str:
+    """As users write it."""
+    return str(smollm2)
 
 
 @pytest.fixture
