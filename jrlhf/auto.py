@@ -20,13 +20,13 @@ from jrlhf.model import Model as Model
 from jrlhf.model import ModelOutput as ModelOutput
 from jrlhf.models import hub
 from jrlhf.models.attend import choose_for, named
-from jrlhf.models.axes import platform_of
 from jrlhf.models.build import linear_maps
 from jrlhf.models.build_encoder import net_of
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.models.lora.config import base_of
 from jrlhf.models.quantize import asked_for, quantize
+from jrlhf.ops.layout import platform_of
 from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import params_shardings
 

@@ -26,9 +26,10 @@ from jaxtyping import Array, Float, Int
 from jrlhf.errors import ConfigError, suggest
 from jrlhf.models import flash
 from jrlhf.models.attention import Scoring, attend_causal
-from jrlhf.models.axes import cuts, per_shard, platform
+from jrlhf.models.axes import cuts, per_shard
 from jrlhf.models.encoder_spec import AnySpec, EncoderSpec
 from jrlhf.models.spec import ATTENTIONS, DecoderSpec
+from jrlhf.ops.layout import platform
 
 # The flash kernel of each platform that has one.
 KERNELS = {"tpu": "splash", "cuda": "cudnn"}

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jrlhf.ops.layout import written
+
 # Finite, so that a row with no allowed key (there is none by construction) could not make nan.
 BLOCKED = -1e30
 # Blocks of at least this many queries, and at most so many blocks: each is unrolled into the graph.
@@ -151,8 +153,8 @@ def _backward(
         if scoring.softcap is not None:
             d_scores = d_scores * (1.0 - jnp.square(capped / scoring.softcap))
         d_scores = d_scores.astype(dtype)
-        d_v = _einsum("bnmt,bnme->bnte", weights.astype(dtype), d_o)
-        d_k = _einsum("bnmt,bnme->bnte", d_scores, q)
+        d_v = _einsum("bntm,bnme->bnte", written(weights.astype(dtype).swapaxes(2, 3)), d_o)
+        d_k = _einsum("bntm,bnme->bnte", written(d_scores.swapaxes(2, 3)), q)
         d_q = _einsum("bnmt,bnte->bnme", d_scores, k)
         d_values = d_values.at[:, :, :end].add(d_v)
         d_keys = d_keys.at[:, :, :end].add(d_k)

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import jax
 
+from jrlhf.ops import layout
+
 Axes = tuple[str | None, ...]
 Resolver = Callable[[jax.Array, Axes], jax.Array]
 ArrayFunction = Callable[..., jax.Array]
@@ -23,7 +25,7 @@ class Shards(Protocol):
 
     @property
     def platform(self) -> str:
-        """As `platform_of`."""
+        """As `ops.layout.platform`."""
 
     def cuts(self, axis: str, size: int) -> int:
         """Into how many parts an axis of this size is cut."""
@@ -54,19 +56,6 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return x if resolver is None else resolver(x, axes)
 
 
-def platform() -> str:
-    """What the program in the making is for: "cpu", "cuda", "rocm" or "tpu"."""
-    shards = _shards.get()
-    return platform_of(jax.local_devices()[0]) if shards is None else shards.platform
-
-
-def platform_of(device: jax.Device) -> str:
-    """ "cpu", "cuda", "rocm" or "tpu"."""
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version else "cuda"
-
-
 def cuts(axis: str, size: int) -> int:
     """Into how many parts an axis of this name and size is cut; 1 without a mesh."""
     shards = _shards.get()
@@ -92,7 +81,8 @@ def resolve_with(resolver: Resolver | None, shards: Shards | None = None) -> Ite
     """Installs the hooks for the duration of a block (while functions are traced)."""
     tokens = _resolver.set(resolver), _shards.set(shards)
     try:
-        yield
+        with layout.target(None if shards is None else shards.platform):
+            yield
     finally:
         _resolver.reset(tokens[0])
         _shards.reset(tokens[1])

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jrlhf.errors import ModelError
-from jrlhf.models.axes import Axes, platform
+from jrlhf.models.axes import Axes
 from jrlhf.models.cache import Cache
 from jrlhf.models.decoder import Context, Decoder
 from jrlhf.models.encoder_spec import AnySpec
@@ -37,6 +37,7 @@ from jrlhf.models.moe import Routing
 from jrlhf.models.rope import Rotation, document_lengths, rotation
 from jrlhf.models.spec import DecoderSpec, RopeSpec
 from jrlhf.models.unstack import unstack
+from jrlhf.ops.layout import platform
 from jrlhf.ops.logps import head_logits
 
 Params = dict[str, Any]

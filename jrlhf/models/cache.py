@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jrlhf.models.axes import platform
+from jrlhf.ops.layout import platform
 
 
 class LayerCache(NamedTuple):

@@ -16,8 +16,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from jrlhf.models.axes import Axes, constrain, platform
+from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.spec import DecoderSpec
+from jrlhf.ops.layout import platform, written
 from jrlhf.ops.turned import Turned
 
 Shape = tuple[int, ...]
@@ -103,32 +104,18 @@ def weight_gradient(x: Array, g: Array, rows: int) -> Array:
     """
     inputs, outputs = x.shape[rows:], g.shape[rows:]
     # Not in bfloat16 on CPUs: XLA folds the final transpose into a dot that it cannot run.
-    if math.prod(inputs) > math.prod(outputs) and not _bfloat16_on_cpu(x):
+    narrow = x.dtype != jnp.bfloat16 or platform() != "cpu"
+    if math.prod(inputs) > math.prod(outputs) and narrow:
         turned = _contract_rows(g, x, rows)
         axes = tuple(range(turned.ndim))
         return turned.transpose(*axes[len(outputs) :], *axes[: len(outputs)])
     return _contract_rows(x, g, rows)
 
 
-def _bfloat16_on_cpu(x: Array) -> bool:
-    return x.dtype == jnp.bfloat16 and platform() == "cpu"
-
-
 def _contract_rows(x: Array, g: Array, rows: int) -> Array:
-    if _bfloat16_on_cpu(x):
-        # XLA's CPU backend has no bfloat16 dot with a transposed left operand.
-        if jax.__version_info__ >= (0, 11):
-            # It refuses to run one. The same products in float32 are exact, at half the speed.
-            x, g = x.astype(jnp.float32), g.astype(jnp.float32)
-            return _dot_general(x, g, tuple(range(rows)), tuple(range(rows)))
-        # It falls back to float32. A plain transpose is folded into the dot; the halves put
-        # together again are not, so this one is really made.
-        x, g = x.reshape(-1, *x.shape[rows:]), g.reshape(-1, *g.shape[rows:])
-        turned = jnp.moveaxis(x, 0, -1)
-        half = turned.shape[0] // 2
-        turned = jnp.concatenate((turned[:half], turned[half:]), axis=0)
-        return _dot_general(turned, g, (turned.ndim - 1,), (0,))
-    return _dot_general(x, g, tuple(range(rows)), tuple(range(rows)))
+    x, g = x.reshape(-1, *x.shape[rows:]), g.reshape(-1, *g.shape[rows:])
+    turned = written(jnp.moveaxis(x, 0, -1))
+    return _dot_general(turned, g, (turned.ndim - 1,), (0,))
 
 
 def row_sum(x: Float[Array, "*rows n"], axes: int = 1) -> Array:

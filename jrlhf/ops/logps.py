@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from jrlhf.ops.layout import platform, written
 from jrlhf.ops.turned import Turned
 
 # Of the float32 logits of one chunk: on a CPU in all, so that passes over them stay near the cache;
@@ -100,6 +101,8 @@ def token_logps(
         entropy=entropy,
         chunks=_count_chunks(tokens, chunk or _default_chunk(head.shape[1])),
     )
+    # A tied head is the embedding's table, transposed: in bfloat16 that is made once.
+    head = written(head) if head.dtype == jnp.bfloat16 else head
     return _token_logps(scored, hidden.astype(head.dtype), head, targets)
 
 
@@ -119,7 +122,7 @@ class _Scored(NamedTuple):
 
 
 def _default_chunk(vocab: int) -> int:
-    budget = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_PER_DEVICE * jax.device_count())
+    budget = CHUNK_BYTES.get(platform(), CHUNK_BYTES_PER_DEVICE * jax.device_count())
     return max(1, budget // (4 * vocab))
 
 
@@ -147,15 +150,6 @@ def _split(x: Array, chunks: int) -> Array:
 def _join(x: Array, tokens: int) -> Array:
     """Undoes `_split`."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
-
-
-def _in_memory(x: Array) -> Array:
-    """`x` laid out as it is written: a transpose in front of it is made, not folded into a dot.
-
-    XLA's CPU backend takes up to 2.3 times as long for folded ones in bfloat16: it transposes or
-    widens the large operand each time. The copies made instead are small, or made once.
-    """
-    return jax.lax.optimization_barrier(x)
 
 
 def _forward_chunk(scored: _Scored, head: Array, hidden: Array, targets: Array) -> tuple:
@@ -221,7 +215,7 @@ def _backward(scored: _Scored, saved: tuple, cotangents: tuple) -> tuple:
         ).astype(head.dtype)
         if head_gradient is not None:
             head_gradient = head_gradient + jnp.dot(
-                _in_memory(hidden.T), z_gradient, preferred_element_type=jnp.float32
+                written(hidden.T), z_gradient, preferred_element_type=jnp.float32
             )
         hidden_gradient = None
         if wants_hidden.yes:

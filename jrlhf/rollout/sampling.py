@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jrlhf.errors import ConfigError
-from jrlhf.models.axes import platform
 from jrlhf.models.build import Net
 from jrlhf.ops import sampling as ops
+from jrlhf.ops.layout import platform
 from jrlhf.ops.logps import head_logits
 from jrlhf.ops.turned import Turned
 from jrlhf.rollout.devices import active

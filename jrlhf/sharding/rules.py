@@ -11,7 +11,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jrlhf.errors import MeshError, suggest
-from jrlhf.models.axes import ArrayFunction, Axes, platform_of, resolve_with
+from jrlhf.models.axes import ArrayFunction, Axes, resolve_with
+from jrlhf.ops.layout import platform_of
 from jrlhf.sharding.mesh import AXES, BATCH_AXES
 
 
@@ -107,7 +108,7 @@ class MeshShards:
 
     @property
     def platform(self) -> str:
-        """As `models.axes.platform_of`; also of a topology, of which no device is here."""
+        """As `ops.layout.platform_of`; also of a topology, of which no device is here."""
         return platform_of(self.mesh.devices.flat[0])
 
     def cuts(self, axis: str, size: int) -> int:
