@@ -3,8 +3,9 @@
     python benchmarks/bench_qwen2.py [--quick] [--task forward step] [--dtype float32 bfloat16]
 
 A forward pass gives the logits of every token; a step is loss, gradient, clip and AdamW. In
-bfloat16 a forward pass has bfloat16 weights on both sides, and a step float32 masters (torch:
-autocast). transformers' plain loop is the one of its tutorials, its Trainer what people run.
+bfloat16 transformers' forward pass has bfloat16 weights and jrlhf's, by default, float32 ones that
+it rounds layer by layer; a step has float32 masters on both sides (torch: autocast). transformers'
+plain loop is the one of its tutorials, its Trainer what people run.
 """
 
 from __future__ import annotations
@@ -118,10 +119,12 @@ def theirs_trainer(
 # ------------------------------------------------------------------ jrlhf
 
 
-def ours_forward(model: Path, ids: np.ndarray, dtype: str) -> Callable[[], Any]:
+def ours_forward(
+    model: Path, ids: np.ndarray, dtype: str, *, held: str = "float32"
+) -> Callable[[], Any]:
     from jrlhf import AutoModelForCausalLM
 
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, param_dtype=dtype)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, param_dtype=held)
     return lambda: np.asarray(net(ids[0]).logits)
 
 
@@ -165,7 +168,11 @@ def ours_step(model: Path, ids: np.ndarray, dtype: str) -> Callable[[], Any]:
 
 
 CONTENDERS: dict[str, dict[str, Callable[..., Any]]] = {
-    "forward": {"transformers, plain loop": theirs_forward, "jrlhf": ours_forward},
+    "forward": {
+        "transformers, plain loop": theirs_forward,
+        "jrlhf": ours_forward,
+        "jrlhf (bfloat16 weights)": functools.partial(ours_forward, held="bfloat16"),
+    },
     "step": {
         "transformers, plain loop": theirs_step,
         "transformers.Trainer": theirs_trainer,
@@ -180,6 +187,8 @@ def compare(task: str, dtype: str, size: Size, model: Path, options: Any, thread
     runs: dict[str, Callable[[], Any]] = {}
     with tempfile.TemporaryDirectory() as work:
         for name, build in CONTENDERS[task].items():
+            if dtype == "float32" and "bfloat16" in name:
+                continue
             if not options.only or name in options.only:
                 more = {"work": Path(work), "threads": threads} if build is theirs_trainer else {}
                 runs[name] = build(model, ids, dtype, **more)

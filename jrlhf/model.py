@@ -130,10 +130,11 @@ class Model:
         Raises:
             ModelError: inputs of another shape, or out of the model's range.
         """
-        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
+        # Looked at on the host: a check on the device would wait for it.
+        ids = _ints(input_ids)
         if ids.ndim != 2:
             raise ModelError(f"input_ids must be [rows, tokens], got shape {ids.shape}.")
-        mask = jnp.ones_like(ids) if attention_mask is None else _ints(attention_mask)
+        mask = np.ones_like(ids) if attention_mask is None else _ints(attention_mask)
         _check_inputs(self.net.spec, ids, mask)
         if isinstance(self.net, EncoderNet):
             return ModelOutput(
@@ -142,7 +143,7 @@ class Model:
                 )
             )
         if position_ids is None:
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
         else:
             positions = _ints(position_ids)
         _check_positions(self.net.spec, positions)
@@ -336,7 +337,7 @@ class Model:
         return changed
 
 
-def _check_inputs(spec: Any, ids: jax.Array, mask: jax.Array) -> None:
+def _check_inputs(spec: Any, ids: np.ndarray, mask: np.ndarray) -> None:
     """An index out of range is clamped on the device: wrong numbers without a word."""
     if mask.shape != ids.shape:
         raise ModelError(f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape.")
@@ -348,7 +349,7 @@ def _check_inputs(spec: Any, ids: jax.Array, mask: jax.Array) -> None:
         )
 
 
-def _check_positions(spec: DecoderSpec, positions: jax.Array) -> None:
+def _check_positions(spec: DecoderSpec, positions: np.ndarray) -> None:
     high = int(positions.max()) if positions.size else 0
     if spec.positions == "learned" and high >= spec.max_position_embeddings:
         raise ModelError(
@@ -357,8 +358,8 @@ def _check_positions(spec: DecoderSpec, positions: jax.Array) -> None:
         )
 
 
-def _ints(x: Any) -> jax.Array:
-    return jnp.asarray(np.asarray(x), jnp.int32)
+def _ints(x: Any) -> np.ndarray:
+    return np.asarray(x).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "mesh"))

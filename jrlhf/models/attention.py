@@ -109,8 +109,8 @@ def _forward(
     b, s, h, e = q.shape
     n = k.shape[2]
     g = h // n
-    rows = _grouped(q, n, dtype, scale=scoring.scale)
-    keys, values = k.astype(dtype).swapaxes(1, 2), v.astype(dtype).swapaxes(1, 2)
+    rows = written(_grouped(q, n, dtype, scale=scoring.scale))
+    keys, values = (written(x.astype(dtype).swapaxes(1, 2)) for x in (k, v))
     outs, sums = [], []
     for start, end in _blocks(s):
         block = rows[:, :, :, start:end].reshape(b, n, g * (end - start), e)
@@ -130,7 +130,7 @@ def _backward(
 ) -> tuple[Array, Array, Array, None, None, Array | None]:
     rows, keys, values, segments, window, sinks, out, lse = saved
     b, n, g, s, e = rows.shape
-    d_rows = _grouped(d_out, n, dtype, scale=1.0)
+    d_rows = written(_grouped(d_out, n, dtype, scale=1.0))
     dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dots = dots.reshape(b, s, n, g).transpose(0, 2, 3, 1)
     d_queries = []

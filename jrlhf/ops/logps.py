@@ -53,6 +53,7 @@ def head_logits(
     if isinstance(head, Turned):
         logits = head.dot(hidden)
     else:
+        head = _untied(head)
         logits = jnp.dot(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -101,9 +102,13 @@ def token_logps(
         entropy=entropy,
         chunks=_count_chunks(tokens, chunk or _default_chunk(head.shape[1])),
     )
-    # A tied head is the embedding's table, transposed: in bfloat16 that is made once.
-    head = written(head) if head.dtype == jnp.bfloat16 else head
-    return _token_logps(scored, hidden.astype(head.dtype), head, targets)
+    # Here, so that it is done once for all chunks.
+    return _token_logps(scored, hidden.astype(head.dtype), _untied(head), targets)
+
+
+def _untied(head: Array) -> Array:
+    """A tied head is the embedding's table, transposed; bfloat16 dots want that written out."""
+    return written(head) if head.dtype == jnp.bfloat16 else head
 
 
 class _Scored(NamedTuple):
