@@ -69,8 +69,8 @@ SPECS = {
 def topology_mesh(shape: str, name: str = TOPOLOGY) -> Mesh:
     """A mesh of chips that are not here."""
     found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    # The head's chunks are as on the chips, not as on the machine that compiles.
-    logps.CHUNK_BYTES["cpu"] = logps.CHUNK_BYTES_PER_DEVICE * len(found.devices)
+    # So many chips share a chunk of the logits, not the one device of the machine that compiles.
+    logps.CHUNK_BYTES["tpu"] = logps.CHUNK_BYTES_PER_DEVICE * len(found.devices)
     return make_mesh(shape, devices=found.devices)
 
 
