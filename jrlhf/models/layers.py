@@ -104,8 +104,8 @@ def weight_gradient(x: Array, g: Array, rows: int) -> Array:
     """
     inputs, outputs = x.shape[rows:], g.shape[rows:]
     # Not in bfloat16 on CPUs: XLA folds the final transpose into a dot that it cannot run.
-    narrow = x.dtype != jnp.bfloat16 or platform() != "cpu"
-    if math.prod(inputs) > math.prod(outputs) and narrow:
+    may_turn = x.dtype != jnp.bfloat16 or platform() != "cpu"
+    if math.prod(inputs) > math.prod(outputs) and may_turn:
         turned = _contract_rows(g, x, rows)
         axes = tuple(range(turned.ndim))
         return turned.transpose(*axes[len(outputs) :], *axes[: len(outputs)])
@@ -113,6 +113,9 @@ def weight_gradient(x: Array, g: Array, rows: int) -> Array:
 
 
 def _contract_rows(x: Array, g: Array, rows: int) -> Array:
+    if platform() != "cpu":
+        # Rows are not merged here: a mesh may cut more than one of their axes.
+        return _dot_general(x, g, tuple(range(rows)), tuple(range(rows)))
     x, g = x.reshape(-1, *x.shape[rows:]), g.reshape(-1, *g.shape[rows:])
     turned = written(jnp.moveaxis(x, 0, -1))
     return _dot_general(turned, g, (turned.ndim - 1,), (0,))

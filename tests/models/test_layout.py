@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jrlhf.models.attention import Scoring, attend_causal
-from jrlhf.models.layers import dot
+from jrlhf.models.layers import dot, weight_gradient
 from jrlhf.ops import layout
 from jrlhf.ops.logps import token_logps
 from jrlhf.sharding.mesh import make_mesh
@@ -48,6 +48,16 @@ def test_other_platforms_programs_are_left_alone() -> None:
     with layout.target("tpu"):
         assert layout.platform() == "tpu"
         assert "layout_constraint" not in str(jax.make_jaxpr(lambda x: layout.written(x))(x))
+
+
+def test_off_a_cpu_rows_are_contracted_without_merging_axes_that_a_mesh_cuts(
+    rng: np.random.Generator,
+) -> None:
+    x, g = (jnp.asarray(rng.normal(size=(2, 3, n)), jnp.float32) for n in (4, 5))
+    here = weight_gradient(x, g, 2)
+    with layout.target("tpu"):
+        assert "reshape" not in str(jax.make_jaxpr(lambda x, g: weight_gradient(x, g, 2))(x, g))
+        np.testing.assert_allclose(weight_gradient(x, g, 2), here, rtol=1e-5, atol=1e-6)
 
 
 def tied_head(hidden: Any, table: Any) -> Any:
