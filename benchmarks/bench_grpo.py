@@ -4,11 +4,12 @@
 
 4 prompts of 64 tokens x 4 completions of up to 128 tokens, beta 0.04, one update per rollout. TRL
 samples with transformers' `generate`, its engine without vLLM, which needs a GPU. The reward is the
-share of even token ids.
+share of even token ids. "sampling s" is the part of the median step that goes into generation.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,22 @@ def compare(
     data = dataset(Texts(size).prompt_rows(64, prompt))
     common = {"dtype": dtype, "rows": rows, "learning_rate": 1e-6}
     grpo = {"num_generations": GROUP, "max_completion_length": completion, "beta": 0.04}
+    grpo["logging_steps"] = 1
     with tempfile.TemporaryDirectory() as work:
         out = Path(work)
         runs = {}
+        sampling: dict[str, list[float]] = {}
         for name, checkpointing in ((BASELINE, False), ("trl (checkpointing, its default)", True)):
             fields = peers.config_fields(out / name, checkpointing=checkpointing, **common)
-            runs[name] = peers.grpo(model, data, reward, {**fields, **grpo}, threads=threads)
+            sampling[name] = []
+            runs[name] = peers.grpo(
+                model, data, reward, {**fields, **grpo}, threads=threads, sampling=sampling[name]
+            )
         fields = ours.config_fields(out / "jrlhf", checkpointing=False, **common)
         runs["jrlhf"] = ours.grpo(model, data, reward, {**fields, **grpo})
         times = take_turns(runs, rounds=rounds, clock=clock)
+        history = runs["jrlhf"].trainer.state.log_history
+        sampling["jrlhf"] = [row["time/sample"] for row in history if "time/sample" in row]
         for run in runs.values():
             run.close()
     return [
@@ -54,6 +62,7 @@ def compare(
             "steps/min": 60 / timing.median,
             "median s": timing.median,
             "best s": timing.best,
+            "sampling s": statistics.median(sampling[name][-rounds:]),
             "x trl": speedup(times, name, BASELINE),
             "first step s": runs[name].first_step,
         }

@@ -74,6 +74,7 @@ class TrainerSteps:
             make: callback -> trainer with `train()`; called in the thread that will train.
             finish: of the trainer, waits until the device has done a step.
         """
+        self.trainer: Any = None
         self._turns: queue.Queue[bool] = queue.Queue()
         self._done: queue.Queue[BaseException | None] = queue.Queue()
         self._thread = threading.Thread(target=self._train, args=(make, finish), daemon=True)
@@ -97,7 +98,6 @@ class TrainerSteps:
             raise error
 
     def _train(self, make: Callable[[Any], Any], finish: Callable[[Any], None]) -> None:
-        trainer: Any = None
         steps = self
 
         class Turns:
@@ -109,15 +109,15 @@ class TrainerSteps:
                 return lambda *args, **kw: None
 
             def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
-                if trainer is not None and state.global_step:
-                    finish(trainer)
+                if state.global_step:
+                    finish(steps.trainer)
                 steps._done.put(None)
                 control.should_training_stop = not steps._turns.get()
                 return control
 
         try:
-            trainer = make(Turns())
-            trainer.train()
+            self.trainer = make(Turns())
+            self.trainer.train()
         except BaseException as error:
             self._done.put(error)
         else:

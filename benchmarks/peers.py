@@ -111,12 +111,27 @@ def dpo(model: Path, data: Any, fields: dict[str, Any], *, threads: int) -> Trai
 
 
 def grpo(
-    model: Path, data: Any, reward: Callable[..., Any], fields: dict[str, Any], *, threads: int
+    model: Path,
+    data: Any,
+    reward: Callable[..., Any],
+    fields: dict[str, Any],
+    *,
+    threads: int,
+    sampling: list[float],
 ) -> TrainerSteps:
+    """`sampling` gets the seconds of each rollout's generation."""
+
     def make() -> Any:
         from trl import GRPOConfig, GRPOTrainer
 
-        return GRPOTrainer(
+        class Timed(GRPOTrainer):
+            def _generate(self, prompts: list[Any]) -> Any:
+                begun = time.perf_counter()
+                completions = super()._generate(prompts)
+                sampling.append(time.perf_counter() - begun)
+                return completions
+
+        return Timed(
             model=str(model),
             reward_funcs=reward,
             args=GRPOConfig(**fields, model_init_kwargs={"dtype": "float32"}),

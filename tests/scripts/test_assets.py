@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.modules import module_at
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts" / "assets.py"
@@ -21,17 +21,7 @@ NO_INDEX = {"PATH": os.defpath, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnu
 CONTENT = {"one.txt": b"first " * 5000, "two.txt": b"second"}
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("jrlhf_assets_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
-assets = load_script()
+assets = module_at(SCRIPT)
 
 
 def sha256(content: bytes) -> str:
