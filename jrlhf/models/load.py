@@ -23,7 +23,8 @@ from jrlhf.models.families import Weight, config_from_spec, spec_from_config
 from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
-from jrlhf.models.hf.reader import Checkpoint, SafetensorsCheckpoint
+from jrlhf.models.hf.mxfp4 import open_safetensors
+from jrlhf.models.hf.reader import Checkpoint
 from jrlhf.models.match import At, match, places_of
 from jrlhf.models.pieces import fill
 from jrlhf.models.quantize import holds_quantized
@@ -35,7 +36,7 @@ Params = dict[str, Any]
 Keys = tuple[str, ...]
 Shardings = Callable[[AnyNet, Params], Any]
 _READERS: dict[str, Callable[[Path], Checkpoint]] = {
-    "hf": SafetensorsCheckpoint,
+    "hf": open_safetensors,
     "gguf": GGUFCheckpoint,
     "glassllm": GlassLLMCheckpoint,
 }

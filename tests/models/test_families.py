@@ -136,7 +136,7 @@ REFUSED = [
     ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
     ("gptj", {"rotary_dim": None}, "rotary_dim=None"),
     ("gptj", {"rotary_dim": 64}, "rotary_dim=64"),
-    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ("gpt_oss", {"num_experts_per_tok": 6}, "num_experts_per_tok=6"),
     ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
     ("opt", {"word_embed_proj_dim": 6}, "word_embed_proj_dim=6"),

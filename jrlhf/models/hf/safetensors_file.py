@@ -41,6 +41,7 @@ _NUMPY = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_CODES = {"U8": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,23 @@ class SafetensorsFile:
         except (OSError, ValueError, RecursionError) as error:  # ValueError: also not JSON, empty
             raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...], *, codes: bool = False) -> np.ndarray:
         """A copy of one rectangular part of a tensor.
 
+        Args:
+            name: of the tensor.
+            index: the part; the first slice has no step.
+            codes: bytes that the caller decodes are wanted, not numbers.
+
         Raises:
-            UnsupportedModelError: a type that weights are not read from.
+            UnsupportedModelError: a type that weights, or codes, are not read from.
         """
-        stored = self.tensors[name]
-        if stored.dtype not in _NUMPY:
+        stored, known = self.tensors[name], _CODES if codes else _NUMPY
+        if stored.dtype not in known:
             raise UnsupportedModelError(
-                f"{name} in {self.path} is stored as {stored.dtype}; known: {', '.join(_NUMPY)}."
+                f"{name} in {self.path} is stored as {stored.dtype}; known: {', '.join(known)}."
             )
-        flat = np.frombuffer(self._buffer, _NUMPY[stored.dtype], stored.count, stored.start)
+        flat = np.frombuffer(self._buffer, known[stored.dtype], stored.count, stored.start)
         if not stored.shape:
             return flat.reshape(()).copy()
         view = flat.reshape(stored.shape)[index]
