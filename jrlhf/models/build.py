@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jrlhf.errors import ModelError
 from jrlhf.models.axes import Axes
 from jrlhf.models.cache import Cache
-from jrlhf.models.decoder import Context, Decoder
+from jrlhf.models.context import Context
+from jrlhf.models.decoder import Decoder
 from jrlhf.models.encoder_spec import AnySpec
 from jrlhf.models.halves import combine as combine
 from jrlhf.models.halves import partition as partition
@@ -155,7 +156,7 @@ class Net:
         trunk: Float[Array, "b s d"] | None = None,
         dropout: UInt32[Array, "b 2"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Hidden states after the final norm, in the compute dtype.
+        """Hidden states after the final norm, in the compute dtype: what the heads read.
 
         Args:
             params: stacked, or unstacked.

@@ -6,11 +6,10 @@ anyway, so the sum costs nothing, and no rounding piles up over the layers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -20,72 +19,14 @@ from jrlhf.models.attend import How, attend
 from jrlhf.models.attention import attend_cache
 from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.cache import Cache, LayerCache, filled
+from jrlhf.models.context import UNIFORM, Context, LayerFlags, layer_flags
 from jrlhf.models.heads import CausalHead, Readout
 from jrlhf.models.layers import HeadNorm, Keys, Linear, Mlp, Norm, Shape, constant, normal
 from jrlhf.models.moe import Moe, Routing
-from jrlhf.models.rope import Rotation, choose, rotate
+from jrlhf.models.rope import choose, rotate
 from jrlhf.models.spec import DecoderSpec
 
 KeyValue = tuple[Array, Array]
-
-
-class Context(NamedTuple):
-    """What every layer of one forward shares, made once outside the scan.
-
-    Attributes:
-        rotation: RoPE's cos and sin of each token; None where positions are learned.
-        local: those of the second rotation, if the model has one.
-        positions: of each token, where positions are learned.
-        segments: document of each token, 0 for padding; None where rows are right-padded.
-        real: tokens whose routing is counted [b s]; None: nobody asks.
-        valid: decoding only, which cache slots each row may read [b t].
-        behind: decoding with windows only, how far each slot lies behind the token [b t].
-        slot: decoding only, the cache slot of the first token.
-    """
-
-    rotation: Rotation | None = None
-    local: Rotation | None = None
-    positions: Array | None = None
-    segments: Array | None = None
-    real: Array | None = None
-    valid: Array | None = None
-    behind: Array | None = None
-    slot: Array | None = None
-
-
-class LayerFlags(NamedTuple):
-    """What differs from layer to layer besides weights: [l] arrays that a scan slices.
-
-    None where nothing differs, so that such a model's program has no trace of it.
-
-    Attributes:
-        window: keys that a query reads, its own included.
-        rope: 0 the rotation, 1 the local one, -1 none.
-        scale: factor on queries.
-    """
-
-    window: Any = None
-    rope: Any = None
-    scale: Any = None
-
-    def of(self, at: int | slice) -> LayerFlags:
-        """Those of one layer, or of some."""
-        return jax.tree.map(lambda flag: flag[at], self)
-
-
-UNIFORM = LayerFlags()
-
-
-def layer_flags(spec: DecoderSpec) -> LayerFlags:
-    """The flags of all layers, as numpy arrays."""
-    window = rope = scale = None
-    if any(spec.windows):
-        window = np.array([w or np.iinfo(np.int32).max for w in spec.windows], np.int32)
-    if any(spec.layer_ropes):
-        rope = np.array(spec.layer_ropes, np.int32)
-    if spec.attention_scale_by_layer:
-        scale = (1.0 / np.arange(1, spec.num_hidden_layers + 1)).astype(np.float32)
-    return LayerFlags(window, rope, scale)
 
 
 class Attention(nnx.Module):
@@ -171,7 +112,8 @@ class Layer(nnx.Module):
 
     def __init__(self, spec: DecoderSpec, keys: Keys, *, lead: Shape = ()) -> None:
         self.block, self.residual_scale = spec.block, spec.residual_scale
-        before, after = spec.block != "post", spec.block in ("post", "sandwich")
+        before = spec.block not in ("post", "after")
+        after = spec.block in ("post", "sandwich", "after")
         if before:
             self.attn_norm = Norm(spec, lead=lead)
         self.attn = Attention(spec, keys, lead=lead)
@@ -192,15 +134,16 @@ class Layer(nnx.Module):
         flags: LayerFlags = UNIFORM,
     ) -> tuple[Array, KeyValue | LayerCache, Routing | None]:
         """The residual stream after this layer, its keys and values, and where tokens went."""
-        after = self.block in ("post", "sandwich")
-        h = x if self.block == "post" else self.attn_norm(x)
+        after, before = self.block in ("post", "sandwich"), self.block not in ("post", "after")
+        h = self.attn_norm(x) if before else x
         mixed, memory = self.attn(h, context, cache, flags)
         mixed = self.attn_post_norm(mixed) if after else mixed
         start = x
         if self.block not in ("parallel", "shared"):
-            x = start = x + self._scaled(mixed)
+            x = x + self._scaled(mixed)
+            x = start = self.attn_post_norm(x) if self.block == "after" else x
         if self.block != "shared":
-            h = x if self.block == "post" else self.mlp_norm(x)
+            h = self.mlp_norm(x) if before else x
         routing = None
         if isinstance(self.mlp, Moe):
             y, routing = self.mlp(h, context.real)
@@ -210,6 +153,7 @@ class Layer(nnx.Module):
         if self.block in ("parallel", "shared"):
             y = mixed + y
         x = start + self._scaled(y)
+        x = self.mlp_post_norm(x) if self.block == "after" else x
         return constrain(x, ("batch", "sequence", None)), memory, routing
 
     def _scaled(self, y: Array) -> Array:
@@ -244,9 +188,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: DecoderSpec, key: Array, *, unrolled: bool = False) -> None:
         keys = Keys(key)
-        scale, d = spec.initializer_range, spec.hidden_size
+        scale, d, e = spec.initializer_range, spec.hidden_size, spec.head_size
         self.spec = spec
-        self.embed = Embedding(keys, rows=spec.vocab_rows, embed=d, axis="vocab", scale=scale)
+        self.embed = Embedding(keys, rows=spec.vocab_rows, embed=e, axis="vocab", scale=scale)
         if unrolled:
             self.layers = nnx.List([Layer(spec, keys) for _ in range(spec.num_hidden_layers)])
         else:
@@ -254,21 +198,37 @@ class Decoder(nnx.Module):
                 self.trunk = Layer(spec, keys, lead=(spec.trunk_layers,))
             if spec.trainable_layers:
                 self.layers = Layer(spec, keys, lead=(spec.trainable_layers,))
-        self.norm = Norm(spec)
+        if spec.final_norm:
+            self.norm = Norm(spec)
+        if spec.embedding_size:
+
+            def between(inputs: int, outputs: int, axes: Axes) -> Linear:
+                return Linear(
+                    keys,
+                    (inputs,),
+                    (outputs,),
+                    axes=axes,
+                    bias=False,
+                    scale=scale,
+                    dtype=spec.dtype,
+                )
+
+            self.project_in = between(e, d, (None, "embed"))
+            self.project_out = between(d, e, ("embed", None))
         if spec.head != "causal":
             bias = spec.head == "tokens"
-            self.score = Readout(keys, embed=d, outputs=spec.num_labels, bias=bias, scale=scale)
+            self.score = Readout(keys, embed=e, outputs=spec.num_labels, bias=bias, scale=scale)
         elif spec.head_bias or not spec.tie_word_embeddings:
             self.head = CausalHead(
                 keys,
-                embed=d,
+                embed=e,
                 vocab=spec.vocab_rows,
                 scale=scale,
                 kernel=not spec.tie_word_embeddings,
                 bias=spec.head_bias,
             )
         if spec.value_head:
-            self.value = Readout(keys, embed=d, outputs=1, bias=True, scale=scale)
+            self.value = Readout(keys, embed=e, outputs=1, bias=True, scale=scale)
         if spec.positions == "learned":
             rows = spec.max_position_embeddings + spec.position_offset
             self.positions = Embedding(keys, rows=rows, embed=d, axis=None, scale=scale)
@@ -276,13 +236,13 @@ class Decoder(nnx.Module):
     def hidden(
         self, ids: Int[Array, "b s"], context: Context, trunk: Array | None = None
     ) -> tuple[Float[Array, "b s d"], Routing | None]:
-        """Hidden states after the final norm, in the compute dtype; and the routing if asked.
+        """What the heads read, in the compute dtype; and the routing if asked.
 
         With `trunk` (of `below`) the frozen layers are not run; their routing is never counted.
         """
         x = self.below(ids, context) if trunk is None else trunk
         x, _, routing = self._run(x, context, ("layers",), remat=self.spec.remat, keep=False)
-        return self.norm(x), routing
+        return self._finish(x), routing
 
     def below(self, ids: Int[Array, "b s"], context: Context) -> Float[Array, "b s d"]:
         """The residual stream where the frozen trunk ends: the embeddings if there is none."""
@@ -297,7 +257,7 @@ class Decoder(nnx.Module):
             self._embed(ids, context), context, ("trunk", "layers"), remat="none", keep=True
         )
         cache = tuple(filled(k, v, size=cache_size, dtype=self.spec.dtype) for k, v in memories)
-        return self.norm(x), cache
+        return self._finish(x), cache
 
     def decode(
         self, ids: Int[Array, "b s"], context: Context, cache: Cache
@@ -309,7 +269,7 @@ class Decoder(nnx.Module):
         for i, (layer, memory) in enumerate(zip(self._single_layers(), cache, strict=True)):
             x, written, _ = layer(x, context, memory, flags.of(i))
             grown.append(written)
-        return self.norm(x), tuple(grown)
+        return self._finish(x), tuple(grown)
 
     def head_kernel(self) -> Float[Array, "d v"]:
         """The map to logits (the embedding's transpose when tied), in the compute dtype.
@@ -333,10 +293,18 @@ class Decoder(nnx.Module):
         if self.spec.embedding_scale != 1.0:
             # Rounded too: Gemma was trained with it in bfloat16.
             x = x * jnp.asarray(self.spec.embedding_scale, dtype).astype(jnp.float32)
+        if self.spec.embedding_size:
+            x = self.project_in(x)
         if context.positions is not None:
             at = context.positions + self.spec.position_offset
             x = x + self.positions.table[...][at].astype(dtype).astype(jnp.float32)
         return constrain(x, ("batch", "sequence", None))
+
+    def _finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s e"]:
+        """From the residual stream to what the heads read."""
+        x = self.norm(x) if self.spec.final_norm else x
+        x = self.project_out(x) if self.spec.embedding_size else x
+        return x.astype(self.spec.dtype)
 
     def _run(
         self, x: Array, context: Context, stacks: tuple[str, ...], *, remat: str, keep: bool

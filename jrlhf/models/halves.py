@@ -44,7 +44,7 @@ def partition(params: Params, net: AnyNet) -> tuple[Params, Params]:
         frozen = {key: value for key, value in params.items() if key not in trainable}
         frozen[KEY] = {name: held[name] for name in held if name not in names}
         return trainable, frozen
-    below = {"trunk", "embed", "positions"} if net.spec.trunk_layers else set()
+    below = {"trunk", "embed", "project_in", "positions"} if net.spec.trunk_layers else set()
     return (
         {key: value for key, value in params.items() if key not in below},
         {key: value for key, value in params.items() if key in below},

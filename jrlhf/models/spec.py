@@ -15,7 +15,7 @@ from jrlhf.errors import UnsupportedModelError, suggest
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 NORMS = ("rms", "layer")
-BLOCKS = ("pre", "post", "sandwich", "parallel", "shared")
+BLOCKS = ("pre", "post", "sandwich", "after", "parallel", "shared")
 QK_NORMS = ("none", "head", "full", "heads")
 MLPS = ("gated", "plain")
 POSITIONS = ("rotary", "learned")
@@ -140,7 +140,11 @@ class DecoderSpec:
         norm: "rms" (a scale) or "layer" (LayerNorm: a scale and, with `norm_bias`, a bias).
         norm_plus_one: the stored scale is one less than what multiplies (Gemma).
         block: where the norms stand. "pre": x + f(norm x); "post": x + norm f(x); "sandwich": both;
-            "parallel": x + attn(norm x) + mlp(norm' x); "shared": the same with one norm.
+            "after": norm(x + f(x)); "parallel": x + attn(norm x) + mlp(norm' x); "shared": the same
+            with one norm.
+        final_norm: whether there is a norm after the last layer.
+        embedding_size: width of token embeddings and of what the heads read, where linear maps lead
+            from it to `hidden_size` and back; 0: `hidden_size`, without maps.
         rope: the rotation; acts where `positions` is "rotary".
         local_rope: a second one, for the layers that `layer_ropes` marks with 1.
         layer_ropes: per layer 0 (`rope`), 1 (`local_rope`) or -1 (none); () is all 0.
@@ -190,6 +194,8 @@ class DecoderSpec:
     norm_bias: bool = True
     norm_plus_one: bool = False
     block: str = "pre"
+    final_norm: bool = True
+    embedding_size: int = 0
     rope: RopeSpec = RopeSpec()
     local_rope: RopeSpec | None = None
     layer_ropes: tuple[int, ...] = ()
@@ -265,6 +271,11 @@ class DecoderSpec:
     def vocab_rows(self) -> int:
         """Rows of the embedding table, padding included."""
         return self.vocab_size + self.vocab_padding
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a token's embedding, and of what the heads read."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def o_bias(self) -> bool:

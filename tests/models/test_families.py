@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jrlhf.errors import UnsupportedModelError
-from jrlhf.models.build import Net
-from jrlhf.models.decoder import layer_flags
+from jrlhf.models.build import Net, combine, partition
+from jrlhf.models.context import layer_flags
 from jrlhf.models.families import DECODERS, config_from_spec, family_of, spec_from_config
 from jrlhf.models.load import load_pretrained, save_pretrained
 
@@ -38,7 +38,7 @@ FLAGS = {
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "use_parallel_residual": False},
     "granite": {"logits_scaling": 49.0, "embedding_multiplier": 12.0},
     "llama": {"rope_parameters": {**YARN, "truncate": False}},
-    "opt": {"enable_bias": False},
+    "opt": {"enable_bias": False, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "phi3": {"rope_scaling": LONG, "original_max_position_embeddings": 16},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3_moe": {"use_sliding_window": True, "norm_topk_prob": True},
@@ -129,6 +129,21 @@ def test_axes_name_every_axis_of_every_parameter(family):
         assert net.axes()["layers"]["mlp"]["up"]["kernel"] == ("layers", "expert", "embed", "mlp")
 
 
+def test_what_widens_embeddings_is_frozen_with_them():
+    spec = spec_from_config(config("opt", **FLAGS["opt"]), trunk_layers=2)
+    net = Net(spec)
+    params = jax.jit(net.init)(jax.random.key(0))
+    trainable, frozen = partition(params, net)
+    assert "project_in" in frozen
+    assert "project_out" in trainable
+    ids = np.arange(18).reshape(2, 9)
+    below = net.trunk(params, ids)
+    assert below.shape[-1] == spec.hidden_size != spec.head_size
+    zeros = jax.tree.map(np.zeros_like, frozen)
+    resumed = net.hidden(combine(trainable, zeros), ids, trunk=below)
+    np.testing.assert_array_equal(resumed, net.hidden(params, ids))
+
+
 REFUSED = [
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
@@ -139,8 +154,6 @@ REFUSED = [
     ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ("gpt_oss", {"num_experts_per_tok": 6}, "num_experts_per_tok=6"),
     ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
-    ("opt", {"word_embed_proj_dim": 6}, "word_embed_proj_dim=6"),
-    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
     ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
     ("qwen2", {"use_sliding_window": True, "layer_types": ["chunked_attention"]}, "chunked"),

@@ -194,6 +194,13 @@ CASES = {
         "no biases, gelu": {
             "ffn_dim": 44, "enable_bias": False, "activation_function": "gelu",
         },
+        "opt-350m: norms after, narrow embeddings": {
+            "ffn_dim": 44, "do_layer_norm_before": False, "word_embed_proj_dim": 20,
+            "tie_word_embeddings": True,
+        },
+        "no final norm, wide embeddings": {
+            "ffn_dim": 44, "_remove_final_layer_norm": True, "word_embed_proj_dim": 40,
+        },
     },
     "mixtral": {
         "no window": EXPERTS,
@@ -375,10 +382,15 @@ def greedy_agreement(family, flags):
     # vector is its own best successor: then the embedding is made small.
     small = 0.1 if family.startswith("gemma") else 1.0
     draws = [(seed, 0.4, small) for seed in range(8)] + [(seed, 0.8, 0.1) for seed in range(8)]
+    if "norms after" in flags:
+        # Each layer's norm takes the place of what went in: positions have to speak up.
+        draws = [(seed, 0.15, 1.0) for seed in range(8)]
     for seed, scale, shrink in draws:
         model = theirs(family, flags, scale=scale, seed=seed)
         if shrink != 1.0:
             model.get_input_embeddings().weight.data.mul_(shrink)
+        if "norms after" in flags:
+            model.model.decoder.embed_positions.weight.data.mul_(8.0)
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
             net, params, _ = load_pretrained(directory)

@@ -12,14 +12,15 @@ from jrlhf.models.families import DECODERS, spec_from_config
 from jrlhf.models.load import flatten
 from jrlhf.models.lora import files, tree
 from jrlhf.models.lora.config import LoraConfig
-from tests.models.test_families import config
+from tests.models.test_families import FLAGS, config
 
 
+@pytest.mark.parametrize("flagged", [False, True])
 @pytest.mark.parametrize("family", sorted(DECODERS))
 def test_an_adapter_on_every_linear_map_is_written_and_read_back(
-    family: str, tmp_path: Path
+    family: str, flagged: bool, tmp_path: Path
 ) -> None:
-    base = Net(spec_from_config(config(family)))
+    base = Net(spec_from_config(config(family, **(FLAGS.get(family, {}) if flagged else {}))))
     plan = base.adapter(LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     own = flatten(Net(base.spec, (plan,)).abstract()[tree.KEY]["default"])
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Sampler and scorer agree where logits are capped or biased, and where windows slide."""
+"""Sampler and scorer agree on caps and biases of logits, sliding windows, narrow embeddings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ SIZES = {
     "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5,
     "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "sliding_window": 4,
+    "ffn_dim": 24, "word_embed_proj_dim": 12, "do_layer_norm_before": False,  # OPT
     "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0, "logits_scaling": 3.0,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gptj"])
+@pytest.mark.parametrize("family", ["gemma2", "gptj", "opt"])
 def test_the_sampler_says_the_log_probs_that_the_scorer_says(family):
     net = Net(spec_from_config({"model_type": family, **SIZES}))
     noise = np.random.default_rng(0)

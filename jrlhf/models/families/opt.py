@@ -1,11 +1,14 @@
-"""OPT: GPT-2 with relu, separate projections, and positions that start at 2."""
+"""OPT: GPT-2 with relu, separate projections, and positions that start at 2.
+
+opt-350m differs: its norms stand after the sums, none after the last layer, and its embeddings are
+narrower than the model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.families.keys import classes, read_keys, refuse, write_keys
 from jrlhf.models.families.table import LLAMA_MODULES, Names, table
 from jrlhf.models.families.weights import Weight
@@ -25,6 +28,8 @@ KEYS: dict[str, tuple[str, Any]] = {
 }
 NAMES = Names(
     embed="model.decoder.embed_tokens",
+    project_in="model.decoder.project_in",
+    project_out="model.decoder.project_out",
     positions="model.decoder.embed_positions",
     norm="model.decoder.final_layer_norm",
     layer="model.decoder.layers.{layer}.",
@@ -32,6 +37,8 @@ NAMES = Names(
     | {
         "attn_norm": "self_attn_layer_norm",
         "mlp_norm": "final_layer_norm",
+        "attn_post_norm": "self_attn_layer_norm",
+        "mlp_post_norm": "final_layer_norm",
         "attn.o": "self_attn.out_proj",
         "mlp.up": "fc1",
         "mlp.down": "fc2",
@@ -43,25 +50,21 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
     """config.json -> spec, with OPTConfig's defaults.
 
     Raises:
-        UnsupportedModelError: opt-350m's flags (norms after, narrow embeddings), or norms without
-            parameters.
+        UnsupportedModelError: norms without parameters.
     """
-    refuse(config, "do_layer_norm_before", (True,), "norms stand before attention and MLP")
-    refuse(config, "_remove_final_layer_norm", (False, None), "the final norm is needed")
     refuse(config, "layer_norm_elementwise_affine", (True,), "norms have a scale and a bias")
     fields = read_keys(config, KEYS)
-    width = config.get("word_embed_proj_dim") or fields["hidden_size"]
-    if width != fields["hidden_size"]:
-        raise UnsupportedModelError(
-            f"word_embed_proj_dim={width} is not implemented, only hidden_size"
-            f" ({fields['hidden_size']}): embeddings are as wide as the model."
-        )
+    width = int(config.get("word_embed_proj_dim") or fields["hidden_size"])
+    before = bool(config.get("do_layer_norm_before", True))
     return DecoderSpec(
         model_type="opt",
         positions="learned",
         position_offset=2,
         norm="layer",
         norm_eps=1e-5,
+        block="pre" if before else "after",
+        final_norm=before and not config.get("_remove_final_layer_norm"),
+        embedding_size=0 if width == fields["hidden_size"] else width,
         mlp="plain",
         mlp_bias=fields["attention_bias"],
         **fields,
@@ -71,7 +74,12 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
 def write(spec: DecoderSpec) -> dict[str, Any]:
     """The keys of config.json that the spec decides."""
     config = write_keys(spec, KEYS, classes("OPT"))
-    return config | {"word_embed_proj_dim": spec.hidden_size, "do_layer_norm_before": True}
+    before = spec.block == "pre"
+    return config | {
+        "word_embed_proj_dim": spec.head_size,
+        "do_layer_norm_before": before,
+        "_remove_final_layer_norm": before and not spec.final_norm,
+    }
 
 
 def weights(spec: DecoderSpec) -> tuple[Weight, ...]:

@@ -31,7 +31,8 @@ class Names:
     """What a family calls things; the defaults are Llama's.
 
     Attributes:
-        embed, norm, head, positions: names of what is there once, without ".weight".
+        embed, norm, head, positions: names of what is there once, without ".weight"; project_in
+            and project_out where embeddings have a width of their own.
         layer: what the names in a layer begin with.
         modules: our modules of a layer -> theirs. With "{expert}" there is one per expert.
         fused: {their module: ours in it, in order}; `modules` need not name these.
@@ -44,6 +45,8 @@ class Names:
     norm: str = "model.norm"
     head: str = "lm_head"
     positions: str = ""
+    project_in: str = ""
+    project_out: str = ""
     layer: str = "model.layers.{layer}."
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_MODULES)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -62,25 +65,28 @@ class _Linear(NamedTuple):
 
 def table(spec: DecoderSpec, names: Names) -> tuple[Weight, ...]:
     """Every tensor of a checkpoint with this spec's heads (value head: TRL's names)."""
-    d, v, n = spec.hidden_size, spec.vocab_size, spec.num_labels
-    rows = [_rows_of_vectors(("embed", "table"), names.embed, v, d)]
+    d, e, v, n = spec.hidden_size, spec.head_size, spec.vocab_size, spec.num_labels
+    rows = [_rows_of_vectors(("embed", "table"), names.embed, v, e)]
+    if spec.embedding_size:
+        rows.append(matrix(("project_in", "kernel"), f"{names.project_in}.weight", e, d))
+        rows.append(matrix(("project_out", "kernel"), f"{names.project_out}.weight", d, e))
     if spec.positions == "learned":
         count = spec.max_position_embeddings + spec.position_offset
         rows.append(_rows_of_vectors(("positions", "table"), names.positions, count, d))
-    rows += _norm(spec, ("norm",), names.norm)
+    rows += _norm(spec, ("norm",), names.norm) if spec.final_norm else []
     rows += _layer(spec, names)
     if spec.head != "causal":
         name = "score" if spec.head == "classifier" else names.tokens
-        rows.append(matrix(("score", "kernel"), f"{name}.weight", d, n, optional=True))
+        rows.append(matrix(("score", "kernel"), f"{name}.weight", e, n, optional=True))
         if spec.head == "tokens":
             rows.append(vector(("score", "bias"), f"{name}.bias", n, optional=True))
     else:
         if not spec.tie_word_embeddings:
-            rows.append(matrix(("head", "kernel"), f"{names.head}.weight", d, v))
+            rows.append(matrix(("head", "kernel"), f"{names.head}.weight", e, v))
         if spec.head_bias:
             rows.append(vector(("head", "bias"), f"{names.head}.bias", v))
     if spec.value_head:
-        rows.append(matrix(("value", "kernel"), "v_head.summary.weight", d, 1, optional=True))
+        rows.append(matrix(("value", "kernel"), "v_head.summary.weight", e, 1, optional=True))
         rows.append(vector(("value", "bias"), "v_head.summary.bias", 1, optional=True))
     return tuple(rows)
 
@@ -133,11 +139,10 @@ def _path(ours: str) -> Path:
 
 
 def _norms(spec: DecoderSpec) -> list[str]:
-    before = [] if spec.block == "post" else ["attn_norm", "mlp_norm"]
-    if spec.block == "shared":
-        before = ["attn_norm"]
-    after = ["attn_post_norm", "mlp_post_norm"] if spec.block in ("post", "sandwich") else []
-    return before + after
+    before, after = ["attn_norm", "mlp_norm"], ["attn_post_norm", "mlp_post_norm"]
+    return {"shared": before[:1], "post": after, "after": after, "sandwich": before + after}.get(
+        spec.block, before
+    )
 
 
 def _small(spec: DecoderSpec, names: Names) -> Iterator[Weight]:
