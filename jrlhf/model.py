@@ -201,7 +201,10 @@ class Model:
             return []
         found = (self.source.generation_config or {}).get("eos_token_id")
         found = self.source.config.get("eos_token_id") if found is None else found
-        return [] if found is None else [int(i) for i in np.atleast_1d(found)]
+        ids = [] if found is None else list(found) if isinstance(found, list) else [found]
+        if not all(type(i) is int for i in ids):
+            raise ModelError(f"eos_token_id={found!r} in {self.source.path}: expected ids.")
+        return ids
 
     def save_pretrained(
         self,

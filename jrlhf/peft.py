@@ -286,7 +286,8 @@ class PeftModel(Model):
             leaves = flatten(params[tree.KEY][plan.name])
             shapes = {path: leaf.shape for path, leaf in leaves.items()}
             # By name: a fused tensor is made of several leaves.
-            found = {t.name: t.row.hf_shape for t in files.tensors(plan, rows, shapes)}
+            file = files.tensors(plan, rows, shapes)
+            found = {tensor.name: tensor.row.hf_shape for tensor in file if not tensor.copied}
             trained += sum(int(np.prod(shape)) for shape in found.values())
         base = sum(leaf.size for leaf in jax.tree.leaves({**params, tree.KEY: {}}))
         return trained, base + trained

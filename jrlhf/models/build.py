@@ -117,7 +117,7 @@ class Net:
             linear_maps(self.spec),
             lora.weights(self.spec),
             model_type=self.spec.model_type,
-            tied=self.spec.tie_word_embeddings and self.spec.head == "causal",
+            tied=lora.tied_head(self.spec),
             name=name,
             strict=strict,
         )

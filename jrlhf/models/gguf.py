@@ -134,11 +134,16 @@ def _config(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{metadata.path} has no token_embd.weight.")
+    layers = metadata.integer(f"{arch}.block_count")
+    if not 0 < layers <= len(tensors):
+        raise ModelError(
+            f"{metadata.path} has {arch}.block_count={layers} and {len(tensors)} tensors."
+        )
     config = {
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": metadata.integer(f"{arch}.feed_forward_length"),
-        "num_hidden_layers": metadata.integer(f"{arch}.block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.integer(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,

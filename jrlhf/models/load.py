@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jrlhf.errors import ConfigError, ModelError
+from jrlhf.errors import ConfigError, MissingWeightError, ModelError
 from jrlhf.models import attend, hub, vocabulary
 from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
@@ -40,6 +40,8 @@ _READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "gguf": GGUFCheckpoint,
     "glassllm": GlassLLMCheckpoint,
 }
+# What families call the number of layers.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,9 +73,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         MissingFileError: the directory holds no model, or a part of it is absent.
         UnsupportedModelError: a file of an unknown kind.
+        MissingWeightError: its config describes more layers than it holds tensors.
     """
     kind, path = hub.kind_of(path)
-    return _READERS[kind](path)
+    found = _READERS[kind](path)
+    for key in _DEPTHS:
+        layers = found.config.get(key)
+        if isinstance(layers, int) and layers > len(found.shapes):
+            # Said at once: so many layers may be more than a list can hold.
+            raise MissingWeightError(
+                f"{path} describes {key}={layers} layers, and holds {len(found.shapes)} tensors."
+            )
+    return found
 
 
 def load_pretrained(
@@ -165,9 +176,9 @@ def _fill_all(
 def _trunk_layers(unfrozen: int, layers: int) -> int:
     if unfrozen == -1:
         return 0
-    if not 0 <= unfrozen <= layers:
+    if not isinstance(unfrozen, int) or not 0 <= unfrozen <= layers:
         raise ConfigError(
-            f"num_layers_unfrozen={unfrozen}, but the model has {layers} layers; give -1 (train"
+            f"num_layers_unfrozen={unfrozen!r}, but the model has {layers} layers; give -1 (train"
             f" everything) or 0 to {layers}."
         )
     return layers - unfrozen

@@ -250,6 +250,8 @@ class DecoderSpec:
         turned = self.rope.turned(self.head_dim)
         if self.positions == "rotary" and self.head_dim % 2 and turned == self.head_dim:
             raise UnsupportedModelError(f"head_dim={self.head_dim} is odd; rotary needs pairs.")
+        if self.embedding_size < 0:
+            raise UnsupportedModelError(f"embedding_size={self.embedding_size} is below 0.")
         for field in ("windows", "layer_ropes"):
             count = len(getattr(self, field))
             if count not in (0, self.num_hidden_layers):

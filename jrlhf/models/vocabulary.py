@@ -28,8 +28,10 @@ def padding(size: int, multiple: int) -> int:
     Raises:
         ConfigError: `multiple` is below 1.
     """
-    if multiple < 1:
-        raise ConfigError(f"A vocabulary is padded to a multiple of at least 1, got {multiple}.")
+    if not isinstance(multiple, int) or multiple < 1:
+        raise ConfigError(
+            f"A vocabulary is padded to a whole multiple of at least 1, got {multiple!r}."
+        )
     return -size % multiple
 
 

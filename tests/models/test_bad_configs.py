@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jrlhf.errors import ModelError
+from jrlhf import AutoModelForCausalLM
+from jrlhf.errors import ConfigError, ModelError
 from jrlhf.models.families import FAMILIES, config_from_spec, spec_from_config
+from jrlhf.models.hf.reader import read_json
+from jrlhf.models.load import load_pretrained
 from tests.models.conftest import CONFIG
 from tests.models.test_pieces import ENCODERS
 
@@ -52,6 +55,30 @@ def test_what_is_wrong_with_a_config_is_named(case):
     changes, message = NAMED[case]
     with pytest.raises(ModelError, match=message):
         spec_from_config(CONFIG | changes)
+
+
+def test_embeddings_of_no_width_are_named():
+    with pytest.raises(ModelError, match="word_embed_proj_dim=-4 must be at least 1"):
+        spec_from_config({"model_type": "opt", "word_embed_proj_dim": -4})
+
+
+def test_a_config_nested_without_end_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ModelError, match="is not valid JSON"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("option", ["num_layers_unfrozen", "pad_vocab_to_multiple_of"])
+def test_options_that_are_no_numbers_are_named(option, hf_directory):
+    with pytest.raises(ConfigError, match="'x'"):
+        load_pretrained(hf_directory()[0], **{option: "x"})
+
+
+@pytest.mark.parametrize("ends", ["x", [1, "x"], True, 1.5])
+def test_an_end_of_text_that_is_no_id_is_named(ends, hf_directory):
+    model = AutoModelForCausalLM.from_pretrained(hf_directory(eos_token_id=ends)[0])
+    with pytest.raises(ModelError, match="eos_token_id="):
+        model.generate(np.ones((1, 3), np.int32))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

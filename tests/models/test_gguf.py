@@ -12,8 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jrlhf.errors import JrlhfError, ModelError, UnsupportedModelError
+from jrlhf.models.families import spec_from_config
 from jrlhf.models.gguf_file import GGUFFile
-from jrlhf.models.load import load_pretrained, save_pretrained
+from jrlhf.models.load import load_pretrained, open_checkpoint, save_pretrained
+from jrlhf.models.match import match
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.rollout.score import outputs
 from tests.models.conftest import tensors_of
@@ -247,10 +249,25 @@ def test_a_cut_or_flipped_file_never_raises_anything_but_our_errors(tmp_path):
         path.write_bytes(flipped)
         try:
             file = GGUFFile(path)
+            checkpoint = open_checkpoint(path)
+            match(checkpoint, spec_from_config(checkpoint.config))
         except JrlhfError:
             continue
         for tensor in file.tensors.values():
             assert tensor.data.nbytes <= len(content)
+
+
+@pytest.mark.parametrize("layers", [0, 2**31 - 1, 10**30])
+def test_more_layers_than_tensors_are_named_at_once(tmp_path, layers):
+    changed = CONFIG | {"num_hidden_layers": layers}
+    hf = write_hf(tmp_path / "hf", changed, tensors_of(CONFIG))
+    with pytest.raises(ModelError, match=f"num_hidden_layers={layers}"):
+        load_pretrained(hf)
+    if layers < 2**32:
+        path = tmp_path / "m.gguf"
+        write_gguf(path, CONFIG, tensors_of(CONFIG), metadata={"llama.block_count": layers})
+        with pytest.raises(ModelError, match=f"llama.block_count={layers} and"):
+            load_pretrained(path)
 
 
 def test_metadata_and_tensors_are_what_the_packages_own_reader_finds(tmp_path):

@@ -80,6 +80,8 @@ def test_the_other_fields_act_too() -> None:
         tied.adapter(whole)
     both = tied.adapter(whole.replace(ensure_weight_tying=True))
     assert both.saved == (("embed", "table"),)
+    head = LoraConfig(modules_to_save=["lm_head"], ensure_weight_tying=True)
+    assert tied.adapter(head).saved == both.saved
     assert as_config({"target_modules": {"b", "a"}}).target_modules == ["a", "b"]
 
 
@@ -100,6 +102,11 @@ def test_the_other_fields_act_too() -> None:
         (ConfigError, 'Did you mean "use_dora"', {"use_dra": True}),
         (UnsupportedFieldError, "lora_bias is not supported", {"lora_bias": True}),
         (UnsupportedFieldError, "trainable_token_indices", {"trainable_token_indices": [1]}),
+        (ConfigError, r"target_modules: '\(\(' is no regular", {"target_modules": "(("}),
+        (ConfigError, r"exclude_modules: '\(\(' is no regular", {"exclude_modules": "(("}),
+        (ConfigError, r"rank_pattern: '\(\(' is no regular", {"rank_pattern": {"((": 4}}),
+        (ConfigError, "alpha_pattern.*must be positive", {"alpha_pattern": {"q_proj": "4"}}),
+        (ConfigError, "target_modules must hold names, got 1", {"target_modules": [1]}),
     ],
 )  # fmt: skip
 def test_what_a_config_cannot_say_is_named(

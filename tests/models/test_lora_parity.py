@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ CASES: dict[str, dict[str, Any]] = {
         "layers_pattern": "layers",
         "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"],
     },
+    "the embedding of a tied model": {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
     "a classifier": {"r": 2, "task_type": "SEQ_CLS", "lora_dropout": 0.5},
 }
 
@@ -63,16 +70,19 @@ def origins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     import transformers
 
     paths = {}
-    for kind in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
+    for name in ("LlamaForCausalLM", "LlamaForSequenceClassification", "tied LlamaForCausalLM"):
         torch.manual_seed(0)
+        kind, tied = name.removeprefix("tied "), name.startswith("tied")
         model = getattr(transformers, kind)(
-            transformers.LlamaConfig(**CONFIG, pad_token_id=0, attn_implementation="eager")
+            transformers.LlamaConfig(
+                **CONFIG, pad_token_id=0, attn_implementation="eager", tie_word_embeddings=tied
+            )
         )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
-        paths[kind] = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(paths[kind])
+        paths[name] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(paths[name])
     return paths
 
 
@@ -82,8 +92,9 @@ def pair(origins: dict[str, Path], fields: dict[str, Any]) -> tuple[Any, Model]:
 
     head = "classifier" if fields.get("task_type") == "SEQ_CLS" else "causal"
     kind = {"causal": "LlamaForCausalLM", "classifier": "LlamaForSequenceClassification"}[head]
-    theirs = getattr(transformers, kind).from_pretrained(origins[kind], attn_implementation="eager")
-    net, params, source = load_pretrained(origins[kind], head=head)
+    origin = origins[f"tied {kind}" if fields.get("ensure_weight_tying") else kind]
+    theirs = getattr(transformers, kind).from_pretrained(origin, attn_implementation="eager")
+    net, params, source = load_pretrained(origin, head=head)
     return theirs.eval(), Model(net, params, source=source)
 
 
@@ -131,6 +142,7 @@ def test_peft_and_jrlhf_load_each_others_adapters(
     import torch
 
     torch.manual_seed(1)
+    fields = copy.deepcopy(fields)  # PEFT adds to its lists
     theirs, base = pair(origins, fields)
     model = peft.get_peft_model(theirs, peft.LoraConfig(**fields, init_lora_weights=False)).eval()
     with torch.no_grad():
@@ -153,6 +165,9 @@ def test_peft_and_jrlhf_load_each_others_adapters(
     (expected * torch.tensor(weights)).sum().backward()
     wanted = {file_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
     found = by_name(ours, gradient)
+    if fields.get("ensure_weight_tying"):
+        head = found.pop("base_model.model.lm_head.weight")
+        np.testing.assert_array_equal(head, found["base_model.model.model.embed_tokens.weight"])
     assert set(found) == set(wanted)
     for name, value in found.items():
         close(value, wanted[name], name)
@@ -241,6 +256,7 @@ def test_the_same_modules_are_adapted_with_the_same_ranks_and_scales(
 ) -> None:
     import peft
 
+    fields = copy.deepcopy(fields)  # PEFT adds to its lists
     theirs, base = pair(origins, fields)
     model = peft.get_peft_model(theirs, peft.LoraConfig(**fields))
     wanted = {

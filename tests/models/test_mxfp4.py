@@ -13,7 +13,7 @@ import pytest
 from jrlhf.errors import MissingWeightError, ModelError, UnsupportedModelError
 from jrlhf.models.hf.mxfp4 import decode
 from jrlhf.models.hf.reader import read_json
-from jrlhf.models.load import load_pretrained, save_pretrained
+from jrlhf.models.load import load_pretrained, open_checkpoint, save_pretrained
 from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import params_shardings
 from tests.models.conftest import Tensors, tensors_of, write_hf
@@ -91,6 +91,19 @@ def test_every_code_and_scale_is_the_number_that_the_format_says() -> None:
     np.testing.assert_array_equal(got[0, 0], plain(codes, scales)[0, :, 0].astype(np.float32))
 
 
+def test_any_part_of_a_packed_tensor_can_be_read(checkpoint) -> None:
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    packed = open_checkpoint(checkpoint[0])
+    whole = packed.read(name, (slice(None),) * 3)
+    assert whole.shape == packed.shapes[name] == (4, 64, 192)
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        cuts = [sorted(rng.integers(0, n + 1, 2)) for n in whole.shape]
+        steps = (1, *rng.integers(1, 4, 2))
+        index = tuple(slice(*cut, step) for cut, step in zip(cuts, steps))
+        np.testing.assert_array_equal(packed.read(name, index), whole[index])
+
+
 @pytest.mark.parametrize("mesh", [None, "data=1,fsdp=4,tensor=2", "data=1,fsdp=2,tensor=4"])
 def test_packed_experts_load_as_their_numbers_on_any_mesh(checkpoint, mesh) -> None:
     packed, numbers, _ = checkpoint
@@ -131,6 +144,10 @@ def test_halves_that_do_not_belong_together_are_named(checkpoint, tmp_path: Path
     wrong = tensors | {name + "_scales": tensors[name + "_scales"].astype(np.float32)}
     with pytest.raises(UnsupportedModelError, match=r"stored as F32; known: U8"):
         load_pretrained(write_hf(tmp_path / "wrong", PACKED, wrong))
+
+    twice = tensors | {name: np.zeros((4, 96, 64), np.float32)}
+    with pytest.raises(ModelError, match=rf"{name} both as MXFP4 and as plain weights"):
+        load_pretrained(write_hf(tmp_path / "twice", PACKED, twice))
 
     del tensors[name + "_scales"]
     with pytest.raises(MissingWeightError) as caught:

@@ -56,6 +56,8 @@ LIES = {
     "a size that is no whole number": (pack({"a": entry([2.0], 0, 8)}, bytes(8)), r"\[2.0\]"),
     "a size that is a truth": (pack({"a": entry([True], 0, 4)}, bytes(4)), "True"),
     "an unknown type": (pack({"a": entry([1], 0, 4, "F33")}, bytes(4)), "dtype 'F33'"),
+    "a type that is a list": (pack({"a": entry([1], 0, 4, ["F32"])}, bytes(4)), r"dtype \['F32'\]"),
+    "a size beyond all floats": (pack({"a": entry([10**400], 0, 4)}, bytes(4)), "needs 4000"),
     "no type": (pack({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "dtype None"),
     "an entry that is none": (pack({"a": 7}), "dtype None"),
     "a header longer than the file": (struct.pack("<Q", 10**6) + b"{}", "1000000 bytes"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.families.keys import classes, read_keys, refuse, write_keys
 from jrlhf.models.families.table import LLAMA_MODULES, Names, table
 from jrlhf.models.families.weights import Weight
@@ -55,6 +56,8 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
     refuse(config, "layer_norm_elementwise_affine", (True,), "norms have a scale and a bias")
     fields = read_keys(config, KEYS)
     width = int(config.get("word_embed_proj_dim") or fields["hidden_size"])
+    if width < 1:
+        raise UnsupportedModelError(f"word_embed_proj_dim={width} must be at least 1.")
     before = bool(config.get("do_layer_norm_before", True))
     return DecoderSpec(
         model_type="opt",

@@ -50,6 +50,8 @@ class Mxfp4Checkpoint(SafetensorsCheckpoint):
             for name in self.shapes
             if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in self.shapes
         }
+        if twice := sorted(self._packed & self.shapes.keys()):
+            raise ModelError(f"{path} holds {', '.join(twice)} both as MXFP4 and as plain weights.")
         parts = {name + ending for name in self._packed for ending in (BLOCKS, SCALES)}
         plain = {name: shape for name, shape in self.shapes.items() if name not in parts}
         self.shapes = plain | {name: self._shape(name) for name in sorted(self._packed)}
@@ -85,4 +87,5 @@ def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray[Any, Any]:
     pairs = np.stack([blocks & 15, blocks >> 4], axis=-1)
     numbers = _VALUES[pairs.reshape(*scales.shape, _NUMBERS)]
     exponents = scales.astype(np.int32)[..., None] - _BIAS
-    return np.ldexp(numbers, exponents).reshape(*scales.shape[:-1], -1)
+    count = scales.shape[-1] * _NUMBERS
+    return np.ldexp(numbers, exponents).reshape(*scales.shape[:-1], count)

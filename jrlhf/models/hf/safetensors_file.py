@@ -165,7 +165,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _stored(name: str, entry: Any, begin: int) -> Stored:
     fields = entry if isinstance(entry, dict) else {}
     dtype = fields.get("dtype")
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{name} has dtype {dtype!r}, which the format does not know")
     shape = _naturals(name, "shape", fields)
     offsets = _naturals(name, "data_offsets", fields)
@@ -175,7 +175,7 @@ def _stored(name: str, entry: Any, begin: int) -> Stored:
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (stop - start):
         raise ValueError(
-            f"{name}, {dtype} of shape {shape}, needs {bits / 8:g} bytes, and has {stop - start}"
+            f"{name}, {dtype} of shape {shape}, needs {-(-bits // 8)} bytes, and has {stop - start}"
         )
     return Stored(dtype, tuple(shape), begin + start, begin + stop)
 

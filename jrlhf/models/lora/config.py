@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,9 @@ class LoraConfig:
         for name, value in ranks.items():
             _require(isinstance(value, int) and value >= 1, name, "must be at least 1", value)
         for name, alpha in alphas.items():
-            _require(alpha > 0, name, "must be positive", alpha)
+            number = isinstance(alpha, int | float)
+            _require(number and alpha > 0, name, "must be positive", alpha)
+        self._check_patterns()
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)",
                  self.lora_dropout)  # fmt: skip
         if self.task_type is not None and self.task_type not in TASK_TYPES:
@@ -122,6 +125,25 @@ class LoraConfig:
             )
         if self.layers_pattern and not chosen:
             raise ConfigError("LoraConfig.layers_pattern acts only with layers_to_transform.")
+
+    def _check_patterns(self) -> None:
+        """Names are texts, and what is read as a regular expression is one."""
+        expressions = {"rank_pattern": list(self.ranks), "alpha_pattern": list(self.alphas)}
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name) or ()
+            entries = [value] if isinstance(value, str) else list(value)
+            for entry in entries:
+                _require(isinstance(entry, str), name, "must hold names", entry)
+            if isinstance(value, str) or name in ("layers_pattern", "modules_to_save"):
+                expressions[name] = entries
+        for name, patterns in expressions.items():
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(
+                        f"LoraConfig.{name}: {pattern!r} is no regular expression ({error})."
+                    ) from error
 
     def _check_init(self) -> None:
         init = self.init_lora_weights

@@ -14,7 +14,7 @@ from jrlhf.models.families import Weight
 from jrlhf.models.hf.safetensors_file import SafetensorsFile
 from jrlhf.models.hf.writer import replace_file
 from jrlhf.models.lora.config import WEIGHTS_FILE
-from jrlhf.models.lora.plan import Adapter, Target, Weights
+from jrlhf.models.lora.plan import EMBEDDING, Adapter, Target, Weights
 from jrlhf.models.lora.plan import Path as Keys
 
 _PREFIX = "base_model.model."
@@ -29,12 +29,14 @@ class Tensor(NamedTuple):
         row: its layout there.
         path: of the leaf.
         part: the part of the leaf that it is.
+        copied: whether the file has the same numbers under another name too.
     """
 
     name: str
     row: Weight
     path: Keys
     part: tuple[Any, ...]
+    copied: bool = False
 
 
 def tensors(
@@ -56,6 +58,8 @@ def tensors(
             if path in adapter.saved:
                 stack = layer if isinstance(layer, tuple) else (layer,)
                 yield Tensor(_PREFIX + name, row, path, () if layer is None else stack)
+                if adapter.tied_head and path == EMBEDDING:
+                    yield Tensor(_PREFIX + adapter.tied_head, row, path, (), copied=True)
 
 
 def _of_map(

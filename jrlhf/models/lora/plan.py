@@ -31,6 +31,7 @@ _DEFAULTS = {
 }  # fmt: skip
 ALL_LINEAR = "all-linear"
 _HEADS = ("classifier", "score")
+EMBEDDING: Path = ("embed", "table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Adapter:
         dropout: rate on the inputs of its low-rank paths in training.
         dora: whether magnitudes are learnt.
         init: `LoraConfig.init_lora_weights`.
+        tied_head: the tensor of a head that is the saved embedding; PEFT keeps it in its files.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Adapter:
     dropout: float = 0.0
     dora: bool = False
     init: bool | str = True
+    tied_head: str = ""
 
 
 def plan(
@@ -102,7 +105,7 @@ def plan(
     weights: Weights,
     *,
     model_type: str,
-    tied: bool,
+    tied: str,
     name: str = "default",
     strict: bool = True,
 ) -> Adapter:
@@ -113,7 +116,7 @@ def plan(
         linears: every linear map of the model (`tree.linears`).
         weights: the family's weight rows, each with its places in params.
         model_type: the family's name.
-        tied: whether the embedding is the head as well.
+        tied: the head's tensor in a checkpoint, if the embedding is the head as well; else "".
         name: of the adapter.
         strict: every entry of target_modules must name something (PEFT's own files may hold more).
 
@@ -139,13 +142,15 @@ def plan(
             ranks, scales = zip(*pairs, strict=True)
             own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(Linears)}
             targets.append(Target(**own, ranks=ranks, scales=scales))
+    saved = _saved(chosen, weights, tied=tied, strict=strict)
     return Adapter(
         name,
         tuple(targets),
-        _saved(chosen, weights, tied=tied, strict=strict),
+        saved,
         chosen.lora_dropout,
         chosen.use_dora,
         chosen.init_lora_weights,
+        tied if EMBEDDING in saved else "",
     )
 
 
@@ -235,7 +240,7 @@ def _saved(
     chosen: LoraConfig,
     weights: Weights,
     *,
-    tied: bool,
+    tied: str,
     strict: bool,
 ) -> tuple[Path, ...]:
     """Paths of the leaves that belong to modules_to_save."""
@@ -258,16 +263,19 @@ def _saved(
                 )
             if all(whole):
                 paths[path] = None
+    if heads := {entry for entry in wanted if tied and _within(tied, entry)}:
+        paths[EMBEDDING] = None
+        used |= heads
     for entry in own if strict else ():
         if entry not in used and entry not in _HEADS:
             known = sorted({part for row, _ in weights for part in row.name.split(".")[:-1]})
             raise ConfigError(
                 f"LoraConfig.modules_to_save: the model has no {entry!r}.{suggest(entry, known)}"
             )
-    if tied and ("embed", "table") in paths and not chosen.ensure_weight_tying:
+    if tied and EMBEDDING in paths and not chosen.ensure_weight_tying:
         raise ConfigError(
-            "LoraConfig.modules_to_save names the embedding of a model whose head is tied to it: "
-            "set ensure_weight_tying=True, and both are trained as one."
+            "LoraConfig.modules_to_save names the embedding of a model whose head is tied to it, "
+            "or the head: set ensure_weight_tying=True, and both are trained as one."
         )
     return tuple(paths)
 

@@ -23,6 +23,7 @@ from jrlhf.models.families import Weight, family_of
 from jrlhf.models.layers import Linear
 from jrlhf.models.lora.layer import LowRank, delta, gain, norm
 from jrlhf.models.lora.plan import Adapter, Linears, Path, Target, Weights
+from jrlhf.models.spec import DecoderSpec
 
 Params = dict[str, Any]
 KEY = "adapters"
@@ -37,6 +38,14 @@ _CONSTANTS = ("scale", "tag")
 def weights(spec: Any) -> Weights:
     """The family's rows with their places."""
     return [(row, list(row.places(spec))) for row in family_of(spec).weights(spec)]
+
+
+def tied_head(spec: DecoderSpec) -> str:
+    """What a checkpoint would call the head, were it not the embedding; "" if it is not."""
+    if spec.head != "causal" or not spec.tie_word_embeddings:
+        return ""
+    rows = family_of(spec).weights(spec.replace(tie_word_embeddings=False))
+    return next(row.name for row in rows if row.path == ("head", "kernel"))
 
 
 def linears(spec: Any, module: nnx.Module) -> list[Linears]:
