@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def standin_hub() -> Iterator[StandInHub]:
-    """A hub on this machine, to which uploads go."""
+    """A hub on this machine, to which uploads go and from which downloads come."""
     from tests.standin_hub import standing_in
 
     with standing_in() as hub:

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub on this machine: the calls by which files are uploaded.
+"""A stand-in for the Hugging Face hub on this machine: the calls by which files go up and down.
 
-It speaks the hub's protocol (make a repository or a branch, ask how to send, commit) over loopback,
-and keeps what it was sent in memory.
+It speaks the hub's protocol over loopback (make a repository or a branch, ask how to send, commit;
+describe a repository, list its files, send one), and keeps everything in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import threading
@@ -17,6 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+
+# Every repository's one commit.
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclasses.dataclass
@@ -38,7 +42,10 @@ class StandInHub:
         repos: {id: whether it is private} of what was made.
         branches: (id, name) of branches that were made.
         commits: in order.
-        refuse: set, everything is answered with 403.
+        refuse: set, every upload is answered with 403.
+        files: {id: {path: content}} of what can be downloaded; an id begins with "datasets/" where
+            it is no model's.
+        sent: paths that were downloaded, in order.
     """
 
     def __init__(self) -> None:
@@ -46,6 +53,8 @@ class StandInHub:
         self.branches: list[tuple[str, str]] = []
         self.commits: list[Commit] = []
         self.refuse = False
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.sent: list[str] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +69,25 @@ class StandInHub:
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
+
+            def do_HEAD(self) -> None:
+                self._get(body=False)
+
+            def do_GET(self) -> None:
+                self._get(body=True)
+
+            def _get(self, *, body: bool) -> None:
+                found = hub.describe(self.path.partition("?")[0], sending=body)
+                content = b'{"error": "not found"}' if found is None else found
+                self.send_response(404 if found is None else 200)
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", REVISION)
+                if found is None:
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                self.end_headers()
+                if body:
+                    self.wfile.write(content)
 
             def _chunks(self) -> bytes:
                 parts = []
@@ -81,6 +109,33 @@ class StandInHub:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def describe(self, path: str, *, sending: bool) -> bytes | None:
+        """What a GET is answered with; None: there is no such thing."""
+        if found := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/.+)?", path
+        ):
+            kind, repo, what = found.groups()
+            files = self.files.get(repo if kind == "models" else f"datasets/{repo}")
+            if files is None:
+                return None
+            if what == "tree":
+                listed: Any = [
+                    {"type": "file", "path": name, "size": len(content),
+                     "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in files.items()
+                ]  # fmt: skip
+            else:
+                siblings = [{"rfilename": name} for name in files]
+                listed = {"id": repo, "sha": REVISION, "siblings": siblings, "tags": []}
+            return json.dumps(listed).encode()
+        if found := re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", path):
+            repo, name = found.groups()
+            content = self.files.get(repo, {}).get(name)
+            if sending and content is not None:
+                self.sent.append(name)
+            return content
+        return None
 
     def answer(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, Any]]:
         if self.refuse:
@@ -123,12 +178,14 @@ class StandInHub:
 
 @contextlib.contextmanager
 def standing_in() -> Iterator[StandInHub]:
-    """While the block lasts, this process's uploads go to a stand-in."""
+    """While the block lasts, this process takes a stand-in for the hub."""
     from huggingface_hub import constants
 
     hub = StandInHub()
     with pytest.MonkeyPatch.context() as patch:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         try:
             yield hub

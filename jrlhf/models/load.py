@@ -40,8 +40,8 @@ _READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "gguf": GGUFCheckpoint,
     "glassllm": GlassLLMCheckpoint,
 }
-# What families call the number of layers.
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
+# What families call the number of layers, and how many no model has.
+_DEPTHS, _DEEPEST = ("num_hidden_layers", "n_layer", "n_layers"), 10_000
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -73,14 +73,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         MissingFileError: the directory holds no model, or a part of it is absent.
         UnsupportedModelError: a file of an unknown kind.
-        MissingWeightError: its config describes more layers than it holds tensors.
+        MissingWeightError: its config describes far more layers than it holds tensors.
     """
     kind, path = hub.kind_of(path)
     found = _READERS[kind](path)
     for key in _DEPTHS:
         layers = found.config.get(key)
-        if isinstance(layers, int) and layers > len(found.shapes):
-            # Said at once: so many layers may be more than a list can hold.
+        if isinstance(layers, int) and layers > max(_DEEPEST, len(found.shapes)):
+            # Said at once: lists with an entry for each of so many would fill the memory.
             raise MissingWeightError(
                 f"{path} describes {key}={layers} layers, and holds {len(found.shapes)} tensors."
             )

