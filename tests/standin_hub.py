@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -84,7 +85,8 @@ class StandInHub:
                 self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", REVISION)
                 if found is None:
-                    self.send_header("X-Error-Code", "RepoNotFound")
+                    known = any(f"/{repo}/" in self.path for repo in hub.files)
+                    self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
                 self.end_headers()
                 if body:
                     self.wfile.write(content)
@@ -120,15 +122,11 @@ class StandInHub:
             if files is None:
                 return None
             if what == "tree":
-                listed: Any = [
-                    {"type": "file", "path": name, "size": len(content),
-                     "oid": hashlib.sha1(content).hexdigest()}
-                    for name, content in files.items()
-                ]  # fmt: skip
+                said: Any = [listed(name, content) for name, content in files.items()]
             else:
                 siblings = [{"rfilename": name} for name in files]
-                listed = {"id": repo, "sha": REVISION, "siblings": siblings, "tags": []}
-            return json.dumps(listed).encode()
+                said = {"id": repo, "sha": REVISION, "siblings": siblings, "tags": []}
+            return json.dumps(said).encode()
         if found := re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", path):
             repo, name = found.groups()
             content = self.files.get(repo, {}).get(name)
@@ -137,7 +135,7 @@ class StandInHub:
             return content
         return None
 
-    def answer(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, Any]]:
+    def answer(self, path: str, body: bytes, token: str) -> tuple[int, Any]:
         if self.refuse:
             return 403, {"error": "this token may not write"}
         if path == "/api/repos/create":
@@ -151,6 +149,10 @@ class StandInHub:
             text = json.loads(body)["content"]
             errors = [] if text.startswith("---\n") else [{"message": "it has no head"}]
             return 400 if errors else 200, {"errors": errors, "warnings": []}
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/.+", path):
+            asked = urllib.parse.parse_qs(body.decode())["paths"]
+            files = self.files[f"datasets/{found[1]}"]
+            return 200, [listed(name, files[name]) for name in asked if name in files]
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path)
         assert found is not None, path
         repo, action, revision = found.groups()
@@ -174,6 +176,12 @@ class StandInHub:
         self.commits.append(Commit(repo, revision, message, token, sent))
         url = f"{self.url}/{repo}/commit/{len(self.commits)}"
         return 200, {"success": True, "commitOid": f"{len(self.commits):040x}", "commitUrl": url}
+
+
+def listed(name: str, content: bytes) -> dict[str, Any]:
+    """What the hub says of a file."""
+    oid = hashlib.sha1(content).hexdigest()
+    return {"type": "file", "path": name, "size": len(content), "oid": oid}
 
 
 @contextlib.contextmanager
