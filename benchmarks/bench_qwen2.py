@@ -189,7 +189,7 @@ def compare(task: str, dtype: str, size: Size, model: Path, options: Any, thread
         for name, build in CONTENDERS[task].items():
             if dtype == "float32" and "bfloat16" in name:
                 continue
-            if not options.only or name in options.only:
+            if not options.only or name in (BASELINE, *options.only):
                 more = {"work": Path(work), "threads": threads} if build is theirs_trainer else {}
                 runs[name] = build(model, ids, dtype, **more)
         apart = difference(runs)
@@ -205,7 +205,7 @@ def compare(task: str, dtype: str, size: Size, model: Path, options: Any, thread
             "tokens/s": count / timing.median,
             "median s": timing.median,
             "best s": timing.best,
-            "x transformers": speedup(times, name, BASELINE) if BASELINE in times else None,
+            "x transformers": speedup(times, name, BASELINE),
             "apart": apart.get(name),
         }
         for name, timing in times.items()
@@ -215,15 +215,14 @@ def compare(task: str, dtype: str, size: Size, model: Path, options: Any, thread
 def difference(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """How far the first results (logits, or the first loss) lie from the baseline's."""
     found = {name: run() for name, run in runs.items() if not isinstance(run, TrainerSteps)}
-    if BASELINE not in found:
-        return {}
     wanted = np.asarray(found.pop(BASELINE), np.float64)
     scale = np.abs(wanted).max()
     return {name: float(np.abs(np.asarray(x) - wanted).max() / scale) for name, x in found.items()}
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    names = dict.fromkeys(name for task in CONTENDERS.values() for name in task)
+    parser = arguments(__doc__.splitlines()[0], contenders=names)
     parser.add_argument("--task", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     options = parser.parse_args()
     size = QUICK if options.quick else FULL

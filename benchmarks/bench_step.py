@@ -66,7 +66,7 @@ def compare(
     task: str, dtype: str, size: Size, model: Path, options: argparse.Namespace, threads: int
 ) -> list[dict[str, Any]]:
     """One table: all contenders on one task at one dtype."""
-    names = [name for name in CONTENDERS if not options.only or name in options.only]
+    names = [name for name in CONTENDERS if not options.only or name in (BASELINE, *options.only)]
     with tempfile.TemporaryDirectory() as work:
         runs = {
             name: build(name, task, dtype, size, model, Path(work) / str(i), threads)
@@ -85,7 +85,7 @@ def compare(
             "tokens/s": tokens / timing.median,
             "median s": timing.median,
             "best s": timing.best,
-            "x trl": speedup(times, name, BASELINE) if BASELINE in times else None,
+            "x trl": speedup(times, name, BASELINE),
             "first step s": getattr(runs[name], "first_step", None),
             "peak MiB": None,
         }
@@ -122,7 +122,7 @@ def alone(name: str, task: str, dtype: str, size: Size) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], contenders=CONTENDERS)
     parser.add_argument("--task", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
     parser.add_argument("--memory", action="store_true", help="also peak memory (slow)")
     parser.add_argument("--alone", type=json.loads, help=argparse.SUPPRESS)

@@ -17,7 +17,7 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +157,31 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def arguments(
+    description: str, *, alone: bool = False, contenders: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """The options that benchmarks share.
+
+    Args:
+        description: of the benchmark.
+        alone: it has no other side, and reads its own clock.
+        contenders: names to choose among, where it lets one choose.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
     parser.add_argument("--rounds", type=int, help="rounds that count (default 7, quick 3)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
                         choices=["float32", "bfloat16"], help="compute dtypes")  # fmt: skip
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall",
-                        help="cpu: seconds of processor time, for a machine that others use too; "
-                        "pin the process to one core with it")  # fmt: skip
-    parser.add_argument("--only", nargs="+", help="names of contenders")
-    parser.add_argument("--torch-threads", type=int, help="default: the faster of 1 and all cores")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")
+    if not alone:
+        parser.add_argument("--clock", choices=list(CLOCKS), default="wall",
+                            help="cpu: seconds of processor time, for a machine that others use "
+                            "too; pin the process to one core with it")  # fmt: skip
+        parser.add_argument("--torch-threads", type=int,
+                            help="default: the faster of 1 and all cores")  # fmt: skip
+    if names := list(contenders):
+        parser.add_argument("--only", nargs="+", choices=names, metavar="NAME",
+                            help=f"the baseline and these alone: {', '.join(names)}")  # fmt: skip
     return parser
 
 

@@ -128,7 +128,7 @@ def look(size: Size, *, rows: int, new_tokens: int, dtype: str, rounds: int) -> 
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], alone=True)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
