@@ -169,7 +169,7 @@ def arguments(
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
-    parser.add_argument("--rounds", type=int, help="rounds that count (default 7, quick 3)")
+    parser.add_argument("--rounds", type=int, help="rounds that count")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"],
                         choices=["float32", "bfloat16"], help="compute dtypes")  # fmt: skip
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")

@@ -67,7 +67,7 @@ def config_fields(
     """The fields that differ from TRL's defaults, or that both sides must agree on.
 
     TRL turns gradient_checkpointing and bf16 on by default. `checkpointing=False` is the faster
-    setting on this job; the row "trl (its defaults)" leaves it on.
+    setting on this job; the row "trl (checkpointing, its default)" leaves it on.
     """
     return {
         "output_dir": str(output),

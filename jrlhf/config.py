@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses with TRL's field names, and how text becomes one.
+"""Configuration: frozen dataclasses with TRL's field names.
 
 Every public config is `@config class DPOConfig(DPO, TrainingConfig)`: the algorithm's
 hyperparameters (declared once, in `algos/`) beside the fields of the training run. `@config` gives
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import types
 import typing
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from jrlhf.errors import ConfigError, MissingFileError, UnsupportedFieldError, suggest
+from jrlhf.errors import ConfigError, UnsupportedFieldError, suggest
 from jrlhf.foreign import AS_YOU_LIKE, ASKS_NOTHING, REFUSED, WITHOUT_EFFECT
 
 T = TypeVar("T")
@@ -135,22 +133,24 @@ class TrainingConfig:
     }
 
     def __post_init__(self) -> None:
-        positive = ("per_device_train_batch_size", "per_device_eval_batch_size",
-                    "gradient_accumulation_steps", "pad_to_multiple_of")  # fmt: skip
-        for name in positive:
-            _check(getattr(self, name) >= 1, self, name, "must be at least 1")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            _check(getattr(self, name) >= 0, self, name, "must not be negative")
+        check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size",
+                     "gradient_accumulation_steps", "pad_to_multiple_of")  # fmt: skip
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps",
+                     "adam_epsilon"):  # fmt: skip
+            _check(0 <= getattr(self, name) < math.inf, self, name, "must not be negative or inf")
         for name in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
             value = getattr(self, name)
             whole = value is None or value < 1 or float(value).is_integer()
             _check(whole, self, name, "must be a whole number of steps or a share below 1")
             _check(value is None or value > 0 or name == "warmup_steps", self, name,
                    "must be at least 1, or a share of the run between 0 and 1")  # fmt: skip
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, name) < 1, self, name, "must lie in [0, 1)")
+        _check(abs(self.seed) < 2**32, self, "seed", "must be below 2**32")
         _check(0 <= self.warmup_ratio <= 1, self, "warmup_ratio", "must lie in [0, 1]")
         if hasattr(self, "max_length"):  # of the offline trainers
             check_counts(self, "max_length")
-        _check(self.max_steps > 0 or self.num_train_epochs > 0, self, "num_train_epochs",
+        _check(self.max_steps > 0 or 0 < self.num_train_epochs < math.inf, self, "num_train_epochs",
                "must be positive unless max_steps is")  # fmt: skip
         _check(self.hub_model_id is None or HUB_ID.fullmatch(self.hub_model_id) is not None, self,
                "hub_model_id", 'must be "name" or "organisation/name"')  # fmt: skip
@@ -290,6 +290,10 @@ def check_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 def _convert(owner: str, name: str, kind: Any, value: Any) -> Any:
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for member in members:
+        if isinstance(value, list) and get_origin(member) is list:
+            (kind,) = get_args(member) or (Any,)
+            return [_convert(owner, f"{name}[{i}]", kind, x) for i, x in enumerate(value)]
+    for member in members:
         if _is_instance(value, member):
             return value
     for member in members:
@@ -323,75 +327,6 @@ def _is_instance(value: Any, kind: Any) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-# ------------------------------------------------------------------ files and command lines
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping with the safe loader; a key given twice is an error."""
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise MissingFileError(f"There is no configuration file {str(file)!r}.")
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: Any, node: Any, deep: bool = False) -> dict:
-        keys = [loader.construct_object(k, deep=deep) for k, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):  # also yes, no, on and off, which YAML reads as bools
-                raise ConfigError(
-                    f"{file}: the name {key!r} (line {node.start_mark.line + 1}) is a "
-                    f"{type(key).__name__}; names are text."
-                )
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ConfigError(
-                f"{file}: {twice[0]!r} is given twice (line {node.start_mark.line + 1})."
-            )
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        loaded = Loader(file.read_text(encoding="utf-8")).get_single_data()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text: {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{file} must hold a mapping of names to values, got {type(loaded).__name__}."
-        )
-    return loaded
-
-
-def parse_text(kind: Any, text: str) -> Any:
-    """A command-line word as a value of the annotated type; `_convert` judges the result."""
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    lowered = text.strip().lower()
-    if lowered in ("none", "null") and type(None) in members:
-        return None
-    if bool in members and lowered in ("true", "false", "yes", "no", "on", "off"):
-        return lowered in ("true", "yes", "on")
-    if int in members or float in members:
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    if any(get_origin(m) in (dict, list) for m in members) and text[:1] in "[{":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{text!r} is not valid JSON: {error}") from None
-    if str not in members and any(get_origin(m) is list for m in members):
-        return [part for part in text.split(",") if part]
-    return text
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def peft_config(script: AdapterArguments) -> Any:
         "lora_dropout": script.lora_dropout,
         "target_modules": targets,
         "modules_to_save": script.lora_modules_to_save,
+        # No flag of TRL says it, and a tied embedding cannot be saved otherwise.
+        "ensure_weight_tying": script.lora_modules_to_save is not None,
         "task_type": script.lora_task_type,
         "use_rslora": script.use_rslora,
         "use_dora": script.use_dora,

@@ -9,7 +9,8 @@ import typing
 from typing import Any, TypeVar
 
 from jrlhf.commands.adapters import AdapterArguments
-from jrlhf.config import aliases, config, foreign_names, parse_text, read_yaml
+from jrlhf.commands.words import parse_text, read_yaml
+from jrlhf.config import aliases, config, foreign_names
 from jrlhf.errors import ConfigError, UnsupportedFieldError, suggest
 from jrlhf.foreign import REFUSED
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jrlhf.commands.arguments import parse
@@ -23,10 +22,7 @@ class GenerateConfig:
         max_new_tokens: longest completion.
         do_sample: False takes the most probable tokens.
         temperature: of sampling.
-        top_k: 0 is off.
-        top_p: 1 is off.
-        min_p: 0 is off.
-        repetition_penalty: 1 is off.
+        top_k, top_p, min_p, repetition_penalty: 0, 1, 0 and 1 are off.
         stop_strings: a completion ends after any of these.
         rows: rows per call of the sampler.
         seed: of the samples.
@@ -52,12 +48,16 @@ class GenerateConfig:
     mesh: dict[str, int] | str | None = None
     dtype: str = "float32"
 
+    OF_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     SYNONYMS = {"model": "model_name_or_path", "dataset": "dataset_name"}
 
     def __post_init__(self) -> None:
         check_counts(self, "max_new_tokens", "rows")
         if (self.prompt is None) == (self.dataset_name is None):
             raise ConfigError("jrlhf generate needs one of --prompt and --dataset_name.")
+        for name, off in self.OF_SAMPLING.items() if not self.do_sample else ():
+            if getattr(self, name) != off:
+                raise ConfigError(f"--{name} acts only when sampling: add --do_sample.")
         if self.chat and self.prompt is None:
             raise ConfigError("--chat goes with --prompt: a dataset's messages are chats already.")
 
@@ -100,11 +100,11 @@ def sampler(cfg: GenerateConfig, model: Any, *, count: int) -> Any:
 def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, GenerateConfig, verb="generate")
     rows = rows_of(cfg)
-    from jrlhf.commands.scoring import write_lines
+    from jrlhf.commands.scoring import check_output, write_lines
     from jrlhf.data.tokenize import prompt_rows
 
     if cfg.output is not None:
-        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)  # before the work
+        check_output(cfg.output)  # before the work
     model = load(cfg)
     prompts: Any = prompt_rows(rows, model.tokenizer, name="prompts")
     done = sampler(cfg, model, count=len(prompts)).generate(

@@ -71,9 +71,10 @@ def main(argv: list[str]) -> int:
     (cfg,) = parse(argv, LabelConfig, verb="label")
     if cfg.num_generations < 2:
         raise ConfigError(f"num_generations={cfg.num_generations}: a pair needs at least 2.")
-    from jrlhf.commands.scoring import rewards_of, say_sampled, texts_of
+    from jrlhf.commands.scoring import check_output, rewards_of, say_sampled, texts_of
     from jrlhf.data.encode import Encoder
 
+    check_output(cfg.output)
     prompts = texts_of(cfg.dataset_name, "prompt", name="prompts")[: cfg.max_prompts]
     model, engine, judge = parts(cfg)
     group = cfg.num_generations
@@ -83,7 +84,6 @@ def main(argv: list[str]) -> int:
     )
     scores = rewards_of(judge, model.tokenizer, ids, done)
     target = Path(cfg.output)
-    target.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with target.open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jrlhf.errors import ConfigError
+
 
 def texts_of(source: str, column: str, *, name: str) -> list[str]:
     """One column of a dataset, checked to be there and to hold text.
@@ -24,6 +26,17 @@ def texts_of(source: str, column: str, *, name: str) -> list[str]:
     require_columns(rows[0], [(column,)], name=name)
     where = places(name, 0, rows)
     return [text_cell(row, column, at) for row, at in zip(rows, where, strict=True)]
+
+
+def check_output(path: str) -> None:
+    """Makes a place for a file, before the work that fills it.
+
+    Raises:
+        ConfigError: there is a directory already.
+    """
+    if Path(path).is_dir():
+        raise ConfigError(f"output={path!r} is a directory: give the file to write.")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_lines(path: str, rows: Sequence[Any]) -> None:

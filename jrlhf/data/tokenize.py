@@ -17,7 +17,7 @@ import numpy as np
 
 from jrlhf.data.cells import Row, common_prefix, encode_columns, ids_cell, joined_prompt, places
 from jrlhf.data.encode import Encoder, Ids, as_encoder
-from jrlhf.data.formats import is_messages, split_preference, to_chatml
+from jrlhf.data.formats import is_messages, shown, split_preference, to_chatml
 from jrlhf.data.pack import pack
 from jrlhf.data.rows import Rows, RowStream, TokenRow, first_row, prepare
 from jrlhf.data.sources import require_columns
@@ -256,11 +256,14 @@ def reward_rows(
 
     def chunk(rows: list[Row], where: list[str], counts: Counter[str]) -> Iterator[TokenRow]:
         sides = [side(rows, which, where) for which in ("chosen", "rejected")]
-        for row, good, bad in zip(rows, *sides, strict=True):
+        for row, at, good, bad in zip(rows, where, *sides, strict=True):
             if max_length is not None and max(len(good), len(bad)) > max_length:
                 counts[TOO_LONG] += 1
                 continue
-            margin = {} if row.get("margin") is None else {"margin": float(row["margin"])}
+            given = row.get("margin")
+            if given is not None and not isinstance(given, int | float):
+                raise DataError(f"{at}: margin must be a number, got {shown(given)}.")
+            margin = {} if given is None else {"margin": float(given)}
             yield {"chosen": good, "rejected": bad, "prompt_length": 0, **margin}
 
     return _run(dataset, encoder, chunk, name=name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from jrlhf.errors import MissingFileError
+from jrlhf.errors import DataError, MissingFileError
 from jrlhf.report import page, schema, terminal
 from jrlhf.report.curves import find_stages, read_stage
 from jrlhf.report.summary import Summary, summarize
@@ -77,5 +77,8 @@ def build(
 def _seconds(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
-    times = json.loads(path.read_text(encoding="utf-8"))
-    return {name: float(entry["seconds"]) for name, entry in times.items()}
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(entry["seconds"]) for name, entry in times.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(f"{path} does not hold the seconds of stages: {error!r}") from error

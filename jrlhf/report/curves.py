@@ -78,7 +78,10 @@ def read_stage(name: str, directory: Path) -> Stage:
     if not path.is_file():
         raise MissingFileError(f"stage {name} has no {FILE} in {directory}.")
     series: dict[str, dict[float, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

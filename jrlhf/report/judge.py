@@ -211,10 +211,15 @@ def _read_rows(path: Path) -> list[dict]:
     if not path.is_file():
         raise MissingFileError(f"the judge's rows are not at {path}.")
     with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+        try:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise DataError(f"{path} is not JSONL with columns text and label: {error}") from error
     if not rows:
         raise EmptyDatasetError(f"{path} has no rows.")
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number} is a {type(row).__name__}, expected an object.")
         if missing := [name for name in ("text", "label") if name not in row]:
             raise MissingColumnError(f"{path}:{number} lacks the column {missing[0]}.")
     return rows

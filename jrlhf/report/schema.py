@@ -101,7 +101,7 @@ def load(path: str | Path) -> Evaluation:
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"there is no evaluation at {path}; `jrlhf report` writes it.")
+        raise MissingFileError(f"there is no evaluation at {path}; `jrlhf evaluate` writes it.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

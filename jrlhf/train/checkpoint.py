@@ -291,6 +291,8 @@ def _write_source(directory: Path, source: Mapping[str, Any]) -> None:
 def _read_source(directory: Path) -> dict[str, Any]:
     wrote, now = _read_json(directory / "config.json")["processes"], jax.process_count()
     stem = directory / f"source-{jax.process_index() if wrote == now else 0}"
+    if not stem.with_suffix(".npz").is_file():
+        raise CheckpointError(f"{directory} is not whole: it lacks {stem.name}.npz.")
     with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
         if wrote != now and arrays.files:
             # A position in the data is the same for everybody; rows in a buffer are not.

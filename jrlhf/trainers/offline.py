@@ -35,7 +35,10 @@ def encoder(tokenizer: Any, chat_template_path: str | None) -> Any:
         return tokenizer
     path = Path(chat_template_path)
     if path.is_file():
-        return Encoder(tokenizer, chat_template=path.read_text(encoding="utf-8"))
+        try:
+            return Encoder(tokenizer, chat_template=path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"chat_template_path={chat_template_path!r}: {error}") from error
     from jrlhf.models.tokenizer import load_tokenizer
 
     return Encoder(tokenizer, chat_template=load_tokenizer(chat_template_path).chat_template)
@@ -117,6 +120,11 @@ class OfflineData:
     def evaluation(self, dataset: Any) -> Callable[[], LoaderSource]:
         """The evaluation set, in order; the last batch is filled with rows that do not count."""
         rows = self._rows(dataset, "eval", streaming=False)
+        if not hasattr(rows, "__len__"):
+            raise ConfigError(
+                "eval_dataset is a stream, and is read again at every evaluation: load it whole, "
+                "or give its first rows, datasets.Dataset.from_list(list(stream.take(500)))."
+            )
         loader = Loader(
             rows,
             functools.partial(self._collate, length=self._length(rows)),

@@ -52,6 +52,7 @@ class PPOTrainer(Trainer):
         start = setup.start("PPOTrainer", PPOConfig, "PPO", given, old)
         self.args, self.processing_class = start.args, start.tokenizer
         args, mesh = start.args, start.mesh
+        setup.one_of("reward_model", start.given["reward_model"], args, "reward_model_path")
         rewards = start.given["reward_model"] or args.reward_model_path
         rewards = setup.need(rewards, "PPOTrainer", "a reward_model")
         plan = args.plan(data_shards(mesh), prompt_length=1)

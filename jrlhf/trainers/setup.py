@@ -65,6 +65,17 @@ class Start(NamedTuple):
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
 
+def one_of(argument: str, value: Any, args: Any, field: str) -> None:
+    """Refuses an argument and a field of the config that say the same differently."""
+    other = getattr(args, field)
+    if value is not None and other is not None and value != other:
+        said = value if isinstance(value, (str, Path)) else type(value).__name__
+        raise ConfigError(
+            f"{argument} ({said}) and {type(args).__name__}.{field}={other!r} are both given: "
+            "give one of them."
+        )
+
+
 def start(
     face: str, config_class: type, kind: str, given: dict[str, Any], old: dict[str, Any]
 ) -> Start:
@@ -72,6 +83,8 @@ def start(
     given = modernise(face, config_class, given, old)
     given["callbacks"] = check_callbacks(given["callbacks"], face)
     fallback = getattr(given["args"], "sft_model_path", None)
+    if fallback is not None:
+        one_of("model", given["model"], given["args"], "sft_model_path")
     model = need(given["model"] or fallback, face, "a model (--model_name_or_path)")
     need(given["train_dataset"], face, "a train_dataset")
     if given.get("peft_config") is not None:

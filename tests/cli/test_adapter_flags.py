@@ -43,7 +43,8 @@ FLAGS: dict[str, tuple[list[str], LoraConfig]] = {
         PLAIN.replace(target_modules=r".*\.(q|v)_proj"),
     ),
     "lora_modules_to_save": (
-        ["--lora_modules_to_save", "lm_head"], PLAIN.replace(modules_to_save=["lm_head"]),
+        ["--lora_modules_to_save", "lm_head"],
+        PLAIN.replace(modules_to_save=["lm_head"], ensure_weight_tying=True),
     ),
     "lora_task_type": (["--lora_task_type", "SEQ_CLS"], PLAIN.replace(task_type="SEQ_CLS")),
     "use_rslora": (["--use_rslora"], PLAIN.replace(use_rslora=True)),

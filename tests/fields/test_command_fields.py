@@ -189,7 +189,11 @@ def sampler(bench: Bench, *argv: str) -> Any:
 def samples(name: str, value: Any, default: Any) -> Check:
     def check(bench: Bench) -> None:
         assert getattr(sampler(bench).sampling, name) == default
-        assert getattr(sampler(bench, f"--{name}", str(value)).sampling, name) == value
+        sampling = ["--do_sample"] if name in GenerateConfig.OF_SAMPLING else []
+        assert getattr(sampler(bench, f"--{name}", str(value), *sampling).sampling, name) == value
+        if sampling:
+            with pytest.raises(ConfigError, match=f"--{name} acts only when sampling"):
+                made(bench, f"--{name}", str(value))
 
     return check
 
