@@ -106,7 +106,7 @@ def test_the_other_fields_act_too() -> None:
         (ConfigError, r"exclude_modules: '\(\(' is no regular", {"exclude_modules": "(("}),
         (ConfigError, r"rank_pattern: '\(\(' is no regular", {"rank_pattern": {"((": 4}}),
         (ConfigError, "alpha_pattern.*must be positive", {"alpha_pattern": {"q_proj": "4"}}),
-        (ConfigError, "target_modules must hold names, got 1", {"target_modules": [1]}),
+        (ConfigError, r"target_modules\[0\] must be str, got 1", {"target_modules": [1]}),
     ],
 )  # fmt: skip
 def test_what_a_config_cannot_say_is_named(

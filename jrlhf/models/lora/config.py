@@ -127,15 +127,12 @@ class LoraConfig:
             raise ConfigError("LoraConfig.layers_pattern acts only with layers_to_transform.")
 
     def _check_patterns(self) -> None:
-        """Names are texts, and what is read as a regular expression is one."""
+        """What is read as a regular expression is one."""
         expressions = {"rank_pattern": list(self.ranks), "alpha_pattern": list(self.alphas)}
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name) or ()
-            entries = [value] if isinstance(value, str) else list(value)
-            for entry in entries:
-                _require(isinstance(entry, str), name, "must hold names", entry)
             if isinstance(value, str) or name in ("layers_pattern", "modules_to_save"):
-                expressions[name] = entries
+                expressions[name] = [value] if isinstance(value, str) else list(value)
         for name, patterns in expressions.items():
             for pattern in patterns:
                 try:
