@@ -6,6 +6,7 @@ the rows of q and k, of Gemma it adds 1 to every norm's scale.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -106,18 +107,25 @@ class GGUFCheckpoint:
                 renamed[f"{ours[stem]}.{kind}" if stem in ours else name] = tensor
         return renamed
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        rows: slice | np.ndarray = index[0]
+    def read(
+        self, name: str, index: tuple[slice, ...], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        stored = self.shapes[name]
+        shape = stored if shape is None else shape
+        # The axes that our rows are split into.
+        lead = next(i for i in range(1, len(shape) + 1) if math.prod(shape[:i]) == stored[0])
+        rows = np.arange(stored[0]).reshape(shape[:lead])[index[:lead]]
         found = re.search(r"\.([qk])_proj\.", name) if self._architecture.interleaved else None
         if found:
             key = "num_attention_heads" if found[1] == "q" else "num_key_value_heads"
-            rows = unpermute_rows(self.config[key], self.shapes[name][0])[index[0]]
+            rows = unpermute_rows(self.config[key], stored[0])[rows]
         tensor = self._tensors[name]
-        if len(index) == 1:
+        if len(stored) == 1:
             values = tensor.read(slice(None))[rows]
             return values - self._architecture.norm_offset if "norm" in name else values
         # Quantized blocks lie along the last axis: rows can be picked before dequantizing.
-        return tensor.read(rows)[(slice(None), *index[1:])]
+        values = tensor.read(rows.ravel()).reshape(*rows.shape, *shape[lead:])
+        return values[(slice(None),) * lead + index[lead:]]
 
 
 def _config(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:

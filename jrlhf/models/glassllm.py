@@ -92,8 +92,11 @@ class GlassLLMCheckpoint:
             renamed[ours] = array
         return renamed
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._arrays[name][index]
+    def read(
+        self, name: str, index: tuple[slice, ...], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        array = self._arrays[name]
+        return (array if shape is None else array.reshape(shape))[index]
 
 
 def _config(raw: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrlhf.models.families.weights import CutInsideError, Weight
+from jrlhf.models.families.weights import Weight
 from jrlhf.models.hf.reader import Checkpoint
 from jrlhf.models.match import At
 
@@ -75,14 +75,6 @@ def _read_part(
 
 def _read(checkpoint: Checkpoint, row: Weight, name: str, bounds: Bounds) -> np.ndarray:
     """A part of one tensor, in our layout."""
-    try:
-        theirs = row.hf_index(tuple(slice(*bound) for bound in bounds))
-    except CutInsideError as cut:
-        start, stop = bounds[cut.axis]
-        each = (
-            (*bounds[: cut.axis], (i, i + 1), *bounds[cut.axis + 1 :]) for i in range(start, stop)
-        )
-        parts = [_read(checkpoint, row, name, one) for one in each]
-        return np.concatenate(parts, axis=cut.axis)
+    shape, index = row.view(tuple(slice(*bound) for bound in bounds))
     sizes = tuple(stop - start for start, stop in bounds)
-    return row.from_hf(checkpoint.read(name, theirs), sizes)
+    return row.from_hf(checkpoint.read(name, index, shape), sizes)

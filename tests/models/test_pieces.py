@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jrlhf.models.families import FAMILIES, family_of, spec_from_config
-from jrlhf.models.families.weights import Part
 from jrlhf.models.pieces import _read, fill
 from tests.models.test_families import SMALL
 
@@ -28,8 +27,8 @@ class Memory:
     def __init__(self, tensors):
         self.tensors, self.read_entries, self.largest = tensors, 0, 0
 
-    def read(self, name, index):
-        part = self.tensors[name][index]
+    def read(self, name, index, shape):
+        part = self.tensors[name].reshape(shape)[index]
         self.read_entries += part.size
         self.largest = max(self.largest, part.size)
         return part
@@ -72,29 +71,7 @@ def test_a_part_is_read_from_its_ranges_alone(family):
             cut = ours[tuple(slice(*bound) for bound in bounds)]
             memory.read_entries = 0
             np.testing.assert_array_equal(_read(memory, row, row.name, bounds), cut)
-            # Stripes of a fused tensor lie between others', which whole stripes are read with.
-            apart = row.part is not None and row.part.outer > 1
-            most = row.part.total // row.part.size if apart else 1
-            assert memory.read_entries <= most * cut.size
-
-
-@pytest.mark.parametrize(
-    ("wanted", "found"),
-    [
-        ((0, 4), (4, 8)),  # a whole stripe
-        ((5, 7), (17, 19)),  # inside of the second
-        ((4, 12), (12, 36)),  # two whole stripes, and what lies between them
-        ((2, 5), None),  # the end of one and the beginning of the next
-        ((4, 9), None),
-    ],
-)
-def test_where_the_stripes_of_a_fused_tensor_lie(wanted, found):
-    part = Part(axis=0, outer=3, start=4, size=4, total=12)
-    if found is not None:
-        assert part.index(*wanted) == slice(*found)
-        return
-    with pytest.raises(ValueError, match="cuts stripes of 4"):
-        part.index(*wanted)
+            assert memory.read_entries == cut.size
 
 
 def test_devices_read_the_parts_of_a_fused_encoder_weight_once_each():

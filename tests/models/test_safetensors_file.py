@@ -124,6 +124,7 @@ def test_every_part_is_what_the_package_reads(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(safetensors_file, "_BLOCK", 64)  # so that parts are read in several
     rng = np.random.default_rng(0)
     shapes = {"a": (5, 7), "scalar": (), "none": (0, 3), "deep": (2, 3, 4), "flat": (1,)}
+    shapes |= {"wide": (6, 40), "long": (90,)}
     tensors = {n: np.asarray(rng.normal(size=shape), dtype=dtype) for n, shape in shapes.items()}
     file = tmp_path / "model.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
@@ -138,6 +139,9 @@ def test_every_part_is_what_the_package_reads(tmp_path, dtype, monkeypatch):
             np.testing.assert_array_equal(part.astype(float), value[index].astype(float))
             assert part.flags.owndata
             assert part.flags.writeable
+    split = tuple(map(slice, (1, 0, 3, 1), (3, 2, 4, 2)))  # strides longer than a block
+    part = ours.read("wide", split, (3, 2, 20, 2))
+    np.testing.assert_array_equal(part, tensors["wide"].reshape(3, 2, 20, 2)[split])
 
 
 def test_types_that_hold_no_weights_are_valid_and_refused_when_asked_for(tmp_path):

@@ -36,6 +36,24 @@ class Part:
     size: int
     total: int
 
+    def split(self, sizes: list[int], index: list[slice]) -> tuple[list[int], list[slice]]:
+        """Axis `axis` of theirs, split: its sizes, and where the slice `index` of ours lies.
+
+        Args:
+            sizes: of our axes that make it up; the first of them count the stripes.
+            index: a slice of each.
+        """
+        count = next(i for i in range(len(sizes) + 1) if math.prod(sizes[:i]) == self.outer)
+        if count == len(sizes):  # stripes of one entry
+            return [*sizes, self.total], [*index, slice(self.start, self.start + 1)]
+        inner = math.prod(sizes[count + 1 :])
+        start, stop, _ = index[count].indices(sizes[count])
+        first = self.start // inner
+        return (
+            [*sizes[:count], self.total // inner, *sizes[count + 1 :]],
+            [*index[:count], slice(first + start, first + stop), *index[count + 1 :]],
+        )
+
     def pick(self, array: Any) -> Any:
         """Our stripes of a block of theirs that holds whole stripes."""
         shape = array.shape
@@ -49,32 +67,6 @@ class Part:
         split = whole.reshape(*shape[: self.axis], self.outer, self.total, *shape[self.axis + 1 :])
         index = (slice(None),) * (self.axis + 1) + (slice(self.start, self.start + self.size),)
         split[index] = ours.reshape(split[index].shape)
-
-    def index(self, start: int, stop: int) -> slice:
-        """Where entries start .. stop of ours lie on their axis, perhaps among others.
-
-        Raises:
-            ValueError: they are parts of several stripes.
-        """
-        stripe, first = divmod(start, self.size)
-        if first + stop - start <= self.size:  # of one stripe
-            at = stripe * self.total + self.start + first
-            return slice(at, at + stop - start)
-        if first or stop % self.size:
-            raise ValueError(f"{start}:{stop} cuts stripes of {self.size}.")
-        return slice(stripe * self.total, stop // self.size * self.total)
-
-
-class CutInsideError(Exception):
-    """A slice of ours is several rectangles of theirs: one for each entry of an axis, or more.
-
-    Attributes:
-        axis: that axis of ours.
-    """
-
-    def __init__(self, axis: int) -> None:
-        super().__init__(f"axis {axis} must be gone along entry by entry")
-        self.axis = axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,41 +119,32 @@ class Weight:
         return turned.reshape(self._own_shape(self.shape))
 
     def from_hf(self, array: Any, shape: tuple[int, ...] | None = None) -> Any:
-        """A checkpoint's array in our layout; `shape` is ours, for a slice of the whole."""
+        """A checkpoint's array in our layout; `shape` is ours, for a part read by `view`."""
         shape = self.shape if shape is None else shape
-        if self.part is not None and array.shape != self._own_shape(shape):
+        if array.size != math.prod(shape):  # fused with others
+            assert self.part is not None
             array = self.part.pick(array)
         order = tuple(itertools.chain(*self.groups))
         split = array.reshape(tuple(shape[axis] for axis in order))
         return split.transpose(tuple(order.index(axis) for axis in range(len(order))))
 
-    def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The slice of the checkpoint's tensor that holds the slice `index` of ours.
+    def view(self, index: tuple[slice, ...]) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+        """Where the slice `index` of ours lies in the checkpoint.
 
-        Of a fused tensor whose stripes lie between others' it holds these too; `from_hf` drops
-        them.
-
-        Raises:
-            CutInsideError: that slice is no single rectangle there.
+        Returns:
+            The shape of theirs with every merged axis split into ours, a fused one into its
+            stripes, and the slice of that. It holds the wanted entries and no others.
         """
-        whole = []
+        sizes: list[int] = []
+        slices: list[slice] = []
         for at, group in enumerate(self.groups):
-            start, stop = 0, 1  # along the merged axis, as far as its axes are gone through
-            outer = None  # the first axis of which more than one entry is wanted
-            for axis in group:
-                size = self.shape[axis]
-                first, last, _ = index[axis].indices(size)
-                if outer is not None and (first, last) != (0, size):
-                    raise CutInsideError(outer)
-                start, stop = start * size + first, (stop - 1) * size + last
-                outer = axis if outer is None and last - first > 1 else outer
-            part = self.part if self.part is not None and self.part.axis == at else None
-            try:
-                whole.append(slice(start, stop) if part is None else part.index(start, stop))
-            except ValueError:
-                assert outer is not None
-                raise CutInsideError(outer) from None
-        return tuple(whole)
+            own = [self.shape[axis] for axis in group]
+            cut = [index[axis] for axis in group]
+            if self.part is not None and self.part.axis == at:
+                own, cut = self.part.split(own, cut)
+            sizes += own
+            slices += cut
+        return tuple(sizes), tuple(slices)
 
     def places(self, spec: AnySpec) -> Iterator[tuple[str, Path, int | tuple[int, int] | None]]:
         """Yields (checkpoint name, path in params, index along the stacked axes).

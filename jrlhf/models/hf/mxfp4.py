@@ -66,20 +66,25 @@ class Mxfp4Checkpoint(SafetensorsCheckpoint):
         experts, outputs, count, _ = blocks
         return experts, count * _NUMBERS, outputs
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
         if name not in self._packed:
-            return super().read(name, index)
-        experts, inputs, outputs = index
-        start, stop, step = inputs.indices(self.shapes[name][1])
+            return super().read(name, index, shape)
+        shape = self.shapes[name] if shape is None else shape
+        assert shape[:2] == self.shapes[name][:2]  # outputs alone may be split
+        experts, inputs, *outputs = index
+        start, stop, _ = inputs.indices(shape[1])
         first, last = start // _NUMBERS, -(-stop // _NUMBERS)
-        stored = (experts, outputs, slice(first, last))
-        blocks = self._codes(name + BLOCKS, (*stored, slice(None)))
-        values = decode(blocks, self._codes(name + SCALES, stored))
+        stored = (experts, *outputs, slice(first, last))
+        view = (shape[0], *shape[2:], shape[1] // _NUMBERS)
+        blocks = self._codes(name + BLOCKS, (*stored, slice(None)), (*view, _BYTES))
+        values = decode(blocks, self._codes(name + SCALES, stored, view))
         begin = first * _NUMBERS
-        return values[..., start - begin : stop - begin : step].swapaxes(1, 2)
+        return np.moveaxis(values[..., start - begin : stop - begin], -1, 1)
 
-    def _codes(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._home[name].read(name, index, codes=True)
+    def _codes(self, name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        return self._home[name].read(name, index, shape, codes=True)
 
 
 def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray[Any, Any]:

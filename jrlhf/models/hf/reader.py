@@ -33,8 +33,16 @@ class Checkpoint(Protocol):
     generation_config: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One rectangular part of a tensor, touching no more of the file than it must."""
+    def read(
+        self, name: str, index: tuple[slice, ...], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """One rectangular part of a tensor, touching no more of the file than it must.
+
+        Args:
+            name: of the tensor.
+            index: the part; slices have no step.
+            shape: the tensor's with axes split further, of which `index` then is.
+        """
         ...
 
 
@@ -105,8 +113,10 @@ class SafetensorsCheckpoint:
             raise MissingFileError(f"{self.path} lacks shards of its index: {', '.join(absent)}.")
         return [self.path / name for name in names]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._home[name].read(name, index)
+    def read(
+        self, name: str, index: tuple[slice, ...], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        return self._home[name].read(name, index, shape)
 
 
 def _plain_name(value: object) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 from jrlhf.errors import ModelError, UnsupportedModelError
 
@@ -87,12 +88,20 @@ class SafetensorsFile:
         except (OSError, ValueError, RecursionError) as error:  # ValueError: also not JSON, empty
             raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
 
-    def read(self, name: str, index: tuple[slice, ...], *, codes: bool = False) -> np.ndarray:
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...],
+        shape: tuple[int, ...] | None = None,
+        *,
+        codes: bool = False,
+    ) -> np.ndarray:
         """A copy of one rectangular part of a tensor.
 
         Args:
             name: of the tensor.
-            index: the part; the first slice has no step.
+            index: the part.
+            shape: the tensor's with axes split further, of which `index` then is.
             codes: bytes that the caller decodes are wanted, not numbers.
 
         Raises:
@@ -104,19 +113,24 @@ class SafetensorsFile:
                 f"{name} in {self.path} is stored as {stored.dtype}; known: {', '.join(known)}."
             )
         flat = np.frombuffer(self._buffer, known[stored.dtype], stored.count, stored.start)
-        if not stored.shape:
-            return flat.reshape(()).copy()
-        view = flat.reshape(stored.shape)[index]
+        view = flat.reshape(stored.shape if shape is None else shape)[(*index, ...)]
         part = np.empty(view.shape, view.dtype)
-        # A few columns touch every page of their rows, so rows are taken block by block.
-        size = (stored.stop - stored.start) // max(stored.shape[0], 1)
-        rows = max(_BLOCK // max(size, 1), 1)
-        first, last, _ = index[0].indices(stored.shape[0])
-        for at in range(0, last - first, rows):
-            part[at : at + rows] = view[at : at + rows]
-            start = stored.start + (first + at) * size
-            self._forget(start, min(start + rows * size, stored.stop))
+        if part.size:
+            self._copy(view, part, byte_bounds(flat)[0] - stored.start)
         return part
+
+    def _copy(self, view: np.ndarray, part: np.ndarray, base: int) -> None:
+        """Copies a view of the file, which lies at address `base`, block by block."""
+        low, high = byte_bounds(view)
+        if high - low <= _BLOCK:
+            part[...] = view
+            self._forget(low - base, high - base)
+            return
+        # A few columns touch every page of their rows, so it is the rows' span that counts.
+        rows = max(_BLOCK // view.strides[0], int(view.ndim == 1))
+        for at in range(0, len(view), max(rows, 1)):
+            here = slice(at, at + rows) if rows else at
+            self._copy(view[here], part[here], base)
 
     def _forget(self, start: int, stop: int) -> None:
         """Gives the pages of a range back; the system still has them in its cache."""
