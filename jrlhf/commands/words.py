@@ -72,5 +72,5 @@ def parse_text(kind: Any, text: str) -> Any:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{text!r} is not valid JSON: {error}") from None
     if str not in members and any(get_origin(m) is list for m in members):
-        return [part for part in text.split(",") if part]
+        return [part for part in text.split(",") if part] or [text]  # a comma can be the entry
     return text

@@ -293,21 +293,34 @@ def _read_source(directory: Path) -> dict[str, Any]:
     stem = directory / f"source-{jax.process_index() if wrote == now else 0}"
     if not stem.with_suffix(".npz").is_file():
         raise CheckpointError(f"{directory} is not whole: it lacks {stem.name}.npz.")
-    with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
-        if wrote != now and arrays.files:
-            # A position in the data is the same for everybody; rows in a buffer are not.
-            raise CheckpointError(
-                f"{directory} holds the rollouts of {wrote} processes, so {now} cannot resume it."
-            )
+    arrays = _read_arrays(stem.with_suffix(".npz"))
+    if wrote != now and arrays:
+        # A position in the data is the same for everybody; rows in a buffer are not.
+        raise CheckpointError(
+            f"{directory} holds the rollouts of {wrote} processes, so {now} cannot resume it."
+        )
 
-        def fill(value: Any) -> Any:
-            if isinstance(value, dict):
-                if set(value) == {"__array__"}:
-                    return arrays[value["__array__"]]
-                return {key: fill(item) for key, item in value.items()}
-            return [fill(item) for item in value] if isinstance(value, list) else value
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {"__array__"}:
+                if value["__array__"] not in arrays:
+                    raise CheckpointError(
+                        f"{stem.name}.json in {directory} names array {value['__array__']!r}, "
+                        f"which {stem.name}.npz lacks."
+                    )
+                return arrays[value["__array__"]]
+            return {key: fill(item) for key, item in value.items()}
+        return [fill(item) for item in value] if isinstance(value, list) else value
 
-        return fill(_read_json(stem.with_suffix(".json")))
+    return fill(_read_json(stem.with_suffix(".json")))
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            return dict(found)
+    except Exception as error:  # of the zip, of numpy's headers, of the tokenizer that reads them
+        raise CheckpointError(f"{file} cannot be read, it is damaged: {error}") from error
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -321,5 +334,5 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(
             f"{path.parent} is not a complete checkpoint: no {path.name}."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not text
         raise CheckpointError(f"{path} is damaged: {error}") from None

@@ -222,14 +222,9 @@ def make_schedule(config: OptimizerFields, total_steps: int) -> optax.Schedule:
             + suggest(name, SCHEDULES)
         )
     peak, start = config.learning_rate, warmup(config, total_steps)
-    options = dict(config.lr_scheduler_kwargs or {})
     build, defaults = SCHEDULES[name]
-    if unknown := sorted(set(options) - set(defaults)):
-        raise ConfigError(
-            f"lr_scheduler_kwargs of {name!r} has no {unknown[0]!r}; "
-            f"it takes {', '.join(defaults) or 'none'}.{suggest(unknown[0], defaults)}"
-        )
-    after = build(peak, start, max(1, total_steps - start), **{**defaults, **options})
+    options = _schedule_options(name, defaults, config.lr_scheduler_kwargs or {})
+    after = build(peak, start, max(1, total_steps - start), **options)
     ramped = name != "constant"
 
     def schedule(count: Any) -> Array:
@@ -239,6 +234,30 @@ def make_schedule(config: OptimizerFields, total_steps: int) -> optax.Schedule:
         return jnp.asarray(peak * factor, jnp.float32)
 
     return schedule
+
+
+def _schedule_options(
+    name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A schedule's own arguments: numbers that are not negative, or what it has by default."""
+    if unknown := sorted(set(given) - set(defaults)):
+        raise ConfigError(
+            f"lr_scheduler_kwargs of {name!r} has no {unknown[0]!r}; "
+            f"it takes {', '.join(defaults) or 'none'}.{suggest(unknown[0], defaults)}"
+        )
+    options = dict(defaults)
+    for key, value in given.items():
+        if value == defaults[key]:
+            continue
+        try:
+            options[key] = number = float(value)  # YAML 1.1 reads 1e-5 as text
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not 0 <= number < math.inf:
+            raise ConfigError(
+                f"lr_scheduler_kwargs: {key} must be a number from 0 up, got {value!r}."
+            )
+    return options
 
 
 # Each takes (peak rate, warm-up steps, steps after the warm-up) and its own arguments, and gives
@@ -257,7 +276,7 @@ def _cosine(peak: float, start: int, steps: int, *, num_cycles: float) -> Factor
     return lambda t: jnp.maximum(0.0, 0.5 * (1 + jnp.cos(2 * jnp.pi * num_cycles * t / steps)))
 
 
-def _restarts(peak: float, start: int, steps: int, *, num_cycles: int) -> Factor:
+def _restarts(peak: float, start: int, steps: int, *, num_cycles: float) -> Factor:
     def factor(t: Array) -> Array:
         # In whole steps: t / steps * cycles would round to the wrong side of a restart.
         phase = jnp.mod(t * num_cycles, steps) / steps
@@ -294,7 +313,7 @@ def _polynomial(peak: float, start: int, steps: int, *, lr_end: float, power: fl
     return lambda t: (1 - low) * jnp.maximum(0.0, 1 - t / steps) ** power + low
 
 
-def _inverse_sqrt(peak: float, start: int, steps: int, *, timescale: int | None) -> Factor:
+def _inverse_sqrt(peak: float, start: int, steps: int, *, timescale: float | None) -> Factor:
     scale = timescale or start or 10_000
     return lambda t: jax.lax.rsqrt((t + scale) / scale)
 

@@ -17,13 +17,14 @@ from jrlhf.auto import (
     AutoModelForSequenceClassification,
 )
 from jrlhf.config import TrainingConfig
-from jrlhf.errors import ConfigError, ModelError
+from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.model import Model
 from jrlhf.models import hub
 from jrlhf.models.build import Net
 from jrlhf.models.build_encoder import EncoderNet
 from jrlhf.models.halves import partition
 from jrlhf.models.lora.config import base_of
+from jrlhf.models.spec import REMAT_POLICIES
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.sharding.mesh import data_shards, make_mesh
 from jrlhf.train.callbacks import check_callbacks
@@ -96,6 +97,7 @@ def start(
     args = named_output(given["args"], model, kind)
     _check_init_kwargs(args, model, face)
     make_optimizer(args, 1)  # to know the names
+    remat_policy(args)
     reporters(args.report_to)
     use_compile_cache()
     spec = _spec_of(model)  # before the tokenizer: it says what is no model at all
@@ -176,7 +178,12 @@ def remat_policy(args: TrainingConfig) -> str:
     policy = options.pop("policy", "full")
     if options:
         raise ConfigError(
-            f"gradient_checkpointing_kwargs knows only 'policy', got {sorted(options)}."
+            f"gradient_checkpointing_kwargs knows only 'policy', got {sorted(options, key=str)}."
+        )
+    if policy not in REMAT_POLICIES:
+        raise ConfigError(
+            f"gradient_checkpointing_kwargs: policy={policy!r} is not known; known:"
+            f" {', '.join(REMAT_POLICIES)}.{suggest(str(policy), REMAT_POLICIES)}"
         )
     return policy if args.gradient_checkpointing else "none"
 

@@ -13,6 +13,7 @@ from jrlhf import cli
 from jrlhf.commands.arguments import ScriptArguments, help_text, parse
 from jrlhf.commands.dpo import DPOArguments
 from jrlhf.commands.evaluate import EvaluateConfig
+from jrlhf.commands.generate import GenerateConfig
 from jrlhf.commands.grpo import GRPOArguments
 from jrlhf.commands.label import LabelConfig
 from jrlhf.commands.ppo import PPOArguments
@@ -81,6 +82,17 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     file.write_bytes("output_dir: Käse".encode("latin-1"))
     with pytest.raises(ConfigError, match="not UTF-8"):
         sft("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("word", "strings"),
+    [("a,b", ["a", "b"]), (",", [","]), ('[",", "."]', [",", "."]), ("none", None)],
+)
+def test_a_list_is_separated_by_commas_or_is_json(word: str, strings: list[str] | None) -> None:
+    (made,) = parse(
+        ["--model", "m", "--prompt", "p", "--stop_strings", word], GenerateConfig, verb="generate"
+    )
+    assert made.stop_strings == strings
 
 
 def test_flags_become_the_types_of_their_fields() -> None:

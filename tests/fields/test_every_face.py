@@ -221,6 +221,8 @@ def gradient_checkpointing_kwargs(bench: Bench, face: str) -> None:
         assert trainer.model.net.spec.remat == "dots"
     with pytest.raises(ConfigError, match="polcy"):
         bench.trainer(face, gradient_checkpointing_kwargs={"polcy": "dots"})
+    with pytest.raises(ConfigError, match=r"policy='dot' is not known.*\"dots\""):
+        bench.trainer(face, gradient_checkpointing_kwargs={"policy": "dot"})
 
 
 def num_layers_unfrozen(bench: Bench, face: str) -> None:

@@ -156,6 +156,33 @@ def test_damage_is_a_named_error(tmp_path):
         checkpoints.find(path)
 
 
+def test_damaged_arrays_of_the_source_are_a_named_error(tmp_path):
+    checkpoints, like = Checkpoints(tmp_path), state(w=np.ones(3, np.float32))
+    source = {"rows": {"ids": np.arange(2000), "name": "x"}, "epoch": 1}
+    path = checkpoints.save(like, source=source, trainer={})
+    file = path / "source-0.npz"
+    whole = file.read_bytes()
+    assert (checkpoints.restore(path, like).source["rows"]["ids"] == np.arange(2000)).all()
+    rng = np.random.default_rng(0)
+    broken = [b"", whole[:-40], whole[: len(whole) // 2]]
+    for at in rng.integers(0, len(whole), 20):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << int(rng.integers(8))
+        broken.append(bytes(flipped))
+    said = []
+    for content in broken:
+        file.write_bytes(content)
+        try:
+            checkpoints.restore(path, like)
+        except CheckpointError as error:
+            said.append(str(error))
+    assert len(said) > 17  # a zip has a few bytes that mean nothing
+    assert all("source-0" in text for text in said)
+    np.savez(file, other=np.ones(2))
+    with pytest.raises(CheckpointError, match=r"names array 'a0', which source-0.npz lacks"):
+        checkpoints.restore(path, like)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, total_limit=2)
     first = state(w=np.ones(2))

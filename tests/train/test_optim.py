@@ -94,6 +94,18 @@ def test_warmup_ratio_is_rounded_up_and_warmup_steps_win():
             {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.5}},
             "must be less than",
         ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "two"}},
+            "power must be a number from 0 up, got 'two'",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": [1]}},
+            r"num_cycles must be a number from 0 up, got \[1\]",
+        ),
+        (
+            {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": -5}},
+            "timescale must be a number from 0 up, got -5",
+        ),
         ({"optim": "adamww"}, 'Did you mean "adamw"'),
         ({"optim": "paged_adamw_8bit"}, "known: adamw, sgd"),
     ],
@@ -101,6 +113,13 @@ def test_warmup_ratio_is_rounded_up_and_warmup_steps_win():
 def test_unknown_words_are_named_with_a_suggestion(values, says):
     with pytest.raises(ConfigError, match=says):
         make_optimizer(config(**values), TOTAL)
+
+
+def test_a_number_written_as_text_is_that_number():
+    def ending(value):
+        return config(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": value})
+
+    np.testing.assert_array_equal(rates(ending("1e-5")), rates(ending(1e-5)))
 
 
 PARAMS = {

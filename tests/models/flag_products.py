@@ -1,0 +1,276 @@
+"""Every combination of flags that a family's config allows, on the tiny models of the cases.
+
+A family has flags, a flag has settings, a setting changes keys of the config. `python -m
+tests.models.table` measures the whole product of each family and writes the worst of it; a test
+measures some.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tests.models import encoder_cases
+from tests.models.decoder_cases import (
+    DYNAMIC,
+    EXPERTS,
+    GPT,
+    LINEAR,
+    LLAMA3,
+    LONG,
+    MIXED,
+    QWEN_EXPERTS,
+    WIDE,
+    YARN,
+)
+
+# What changes in a config.
+Changes = Mapping[str, Any]
+Flags = Mapping[str, tuple[Changes, ...]]
+
+
+def switch(key: str, *values: Any) -> tuple[Changes, ...]:
+    """The settings of one key; off and on where none are named."""
+    return tuple({key: value} for value in values or (False, True))
+
+
+def ropes(*kinds: Changes) -> tuple[Changes, ...]:
+    return tuple({"rope_parameters": dict(kind)} for kind in kinds)
+
+
+def partial(share: float) -> Changes:
+    return {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LONGROPE = LONG | {"original_max_position_embeddings": 12}
+TIED = {"tied": switch("tie_word_embeddings")}
+BIAS = {"attention_bias": switch("attention_bias")}
+MLP_BIAS = {"mlp_bias": switch("mlp_bias")}
+GROUPS = {"key-value heads": switch("num_key_value_heads", 2, 1)}
+HEADS = {"head_dim": ({}, WIDE)}
+ROPE = {"rope": ropes(PLAIN, YARN)}
+WINDOW = {"window": switch("sliding_window", None, 5)}
+TOP = {"experts per token": switch("num_experts_per_tok", 1, 2)}
+ACTS = ("gelu_new", "gelu", "relu", "silu")
+
+DECODERS: dict[str, Flags] = {
+    "llama": {
+        "rope": (
+            *ropes(PLAIN, LINEAR, YARN, LLAMA3, LONGROPE),
+            {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+        ),
+        **TIED, **BIAS, **MLP_BIAS, **GROUPS, **HEADS,
+    },
+    "mistral": {**WINDOW, **ROPE, **TIED, **GROUPS, **HEADS},
+    "qwen2": {
+        "windows": (
+            {},
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+        ),
+        **ROPE, **TIED, **GROUPS,
+    },
+    "qwen3": {
+        "windows": (
+            {},
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+            {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
+        ),
+        "head_dim": ({"head_dim": 8}, WIDE),
+        **ROPE, **TIED, **BIAS,
+    },
+    "gemma": {
+        "activation": switch("hidden_act", "gelu_pytorch_tanh", "gelu"),
+        "head_dim": ({"head_dim": 8}, WIDE),
+        **ROPE, **TIED, **BIAS,
+    },
+    "gemma2": {
+        "score cap": switch("attn_logit_softcapping", None, 2.0),
+        "final cap": switch("final_logit_softcapping", None, 3.0),
+        "windows": ({"sliding_window": 5}, {"sliding_window": 5, "layer_types": MIXED}),
+        "score scale": switch("query_pre_attn_scalar", 256, 10),
+        "head_dim": ({"head_dim": 8},),
+        **TIED, **BIAS,
+    },
+    "gemma3_text": {
+        "rope of full layers": tuple(
+            {
+                "rope_parameters": {
+                    "full_attention": kind,
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+                }
+            }
+            for kind in (PLAIN, LINEAR, YARN, LLAMA3)
+        ),
+        "windows": tuple(
+            {"sliding_window": 5, "layer_types": types}
+            for types in (MIXED, ["full_attention"] * 4, ["sliding_attention"] * 4)
+        ),
+        "final cap": switch("final_logit_softcapping", None, 3.0),
+        "head_dim": ({"head_dim": 8},),
+        **TIED, **BIAS,
+    },
+    "phi3": {
+        "rope": (
+            *ropes(PLAIN, partial(0.5)),
+            {"rope_parameters": LONG, "original_max_position_embeddings": 12},
+        ),
+        **WINDOW, **TIED, **GROUPS,
+    },
+    "olmo2": {**ROPE, **TIED, **BIAS, **GROUPS},
+    "smollm3": {
+        "layers without rope": switch(
+            "no_rope_layers", [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]
+        ),
+        "windows": ({}, {"use_sliding_window": True, "sliding_window": 5}),
+        **ROPE, **TIED, **BIAS, **MLP_BIAS,
+    },
+    "granite": {
+        "score scale": switch("attention_multiplier", 1.0, 0.2),
+        "embedding scale": switch("embedding_multiplier", 1.0, 3.0),
+        "residual scale": switch("residual_multiplier", 1.0, 0.3),
+        "logits scale": switch("logits_scaling", 1.0, 7.0),
+        **TIED, **BIAS, **MLP_BIAS,
+    },
+    "cohere": {
+        "q/k norm": switch("use_qk_norm"),
+        "logit scale": switch("logit_scale", 0.0625, 0.25),
+        **ROPE, **TIED, **BIAS, **GROUPS,
+    },
+    "gpt2": {
+        "activation": switch("activation_function", *ACTS),
+        "scores by layer": switch("scale_attn_by_inverse_layer_idx"),
+        "scaled scores": switch("scale_attn_weights"),
+        "inner width": switch("n_inner", None, 44),
+        "sizes": (GPT,),
+        **TIED,
+    },
+    "gpt_neox": {
+        "parallel": switch("use_parallel_residual"),
+        "rope": ropes(
+            partial(0.25), partial(0.5), partial(1.0), {**YARN, "partial_rotary_factor": 0.5}
+        ),
+        "activation": switch("hidden_act", "gelu", "gelu_new"),
+        **TIED, **BIAS,
+    },
+    "gptj": {
+        "turned": switch("rotary_dim", 2, 4, 8),
+        "activation": switch("activation_function", *ACTS),
+        "inner width": switch("n_inner", None, 44),
+        "sizes": (GPT,),
+        **TIED,
+    },
+    "opt": {
+        "norms before": switch("do_layer_norm_before"),
+        "final norm": switch("_remove_final_layer_norm"),
+        "embeddings": switch("word_embed_proj_dim", 32, 20, 40),
+        "biases": switch("enable_bias"),
+        "activation": switch("activation_function", "relu", "gelu"),
+        "sizes": ({"ffn_dim": 44},),
+        **TIED,
+    },
+    "mixtral": {"experts": (EXPERTS,), **TOP, **WINDOW, **ROPE, **TIED, **GROUPS},
+    "qwen3_moe": {
+        "experts": (QWEN_EXPERTS,),
+        "normed weights": switch("norm_topk_prob"),
+        "windows": ({}, {"use_sliding_window": True, "sliding_window": 5}),
+        "head_dim": ({"head_dim": 8}, WIDE),
+        **TOP, **TIED, **BIAS,
+    },
+    "gpt_oss": {
+        "experts": (EXPERTS,),
+        "windows": tuple(
+            {"sliding_window": 5, "layer_types": types}
+            for types in (MIXED, ["full_attention"] * 4, ["sliding_attention"] * 4)
+        ),
+        "rope": ({}, *ropes(PLAIN)),
+        "gate": switch("swiglu_limit", 7.0, 1.0),
+        "head_dim": ({"head_dim": 8}, WIDE),
+        **TOP, **TIED, **BIAS,
+    },
+}  # fmt: skip
+
+BERT = {"sizes": (encoder_cases.BASE,)}
+LABELS = {"labels": switch("num_labels", 1, 3)}
+PAD = {"padding id": switch("pad_token_id", 0, 1)}
+ENCODERS: dict[str, Flags] = {
+    "Bert": {
+        **BERT,
+        "activation": switch("hidden_act", *ACTS),
+        "token types": switch("type_vocab_size", 1, 2),
+        **LABELS,
+    },
+    "Roberta": {
+        **BERT, **PAD,
+        "activation": switch("hidden_act", *ACTS),
+        "token types": switch("type_vocab_size", 1, 2),
+        **LABELS,
+    },
+    "XLMRoberta": {
+        **BERT, **PAD,
+        "activation": switch("hidden_act", *ACTS),
+        "token types": switch("type_vocab_size", 1, 2),
+        **LABELS,
+    },
+    "DistilBert": {
+        "sizes": (encoder_cases.DISTILBERT,),
+        "activation": switch("activation", "gelu", "relu"),
+        "sinusoidal positions": switch("sinusoidal_pos_embds"),
+        **LABELS,
+    },
+    "ModernBert": {
+        "sizes": (encoder_cases.MODERNBERT | {"num_labels": 3},),
+        "pooling": switch("classifier_pooling", "cls", "mean"),
+        "norm bias": switch("norm_bias"),
+        "classifier bias": switch("classifier_bias"),
+        "local layers": (
+            {},
+            {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        ),
+        "activation": switch("hidden_activation", "gelu", "gelu_pytorch_tanh"),
+        **BIAS, **MLP_BIAS,
+    },
+    "DebertaV2": {
+        "sizes": (encoder_cases.DEBERTA | {"attention_head_size": 8, "num_labels": 3},),
+        "terms": switch("pos_att_type", "c2p", "p2c", "p2c|c2p"),
+        "shared keys": switch("share_att_key"),
+        "buckets": switch("position_buckets", -1, 8),
+        "normed positions": switch("norm_rel_ebd", "none", "layer_norm"),
+        "absolute positions": switch("position_biased_input"),
+        "token types": switch("type_vocab_size", 0, 2),
+        "convolution": ({}, {"conv_kernel_size": 3, "conv_act": "gelu"}),
+        "embeddings": switch("embedding_size", 32, 20),
+    },
+}  # fmt: skip
+
+
+def products(flags: Flags) -> Iterator[dict[str, Any]]:
+    """Every combination of the flags' settings."""
+    for settings in itertools.product(*flags.values()):
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            changes |= setting
+        yield _fitted(changes)
+
+
+def _fitted(changes: dict[str, Any]) -> dict[str, Any]:
+    """longrope has a factor for each pair of channels."""
+    rope = changes.get("rope_parameters", {})
+    if rope.get("rope_type") != "longrope" or "head_dim" not in changes:
+        return changes
+    pairs = changes["head_dim"] // 2
+    more = {key: (2 * rope[key])[:pairs] for key in ("short_factor", "long_factor")}
+    return changes | {"rope_parameters": rope | more}
+
+
+def count(flags: Flags) -> int:
+    return math.prod(len(settings) for settings in flags.values())
+
+
+def say(flags: Flags) -> str:
+    """The flags that have several settings, and how many."""
+    several = ((name, len(settings)) for name, settings in flags.items())
+    return ", ".join(name + (f" ({n})" if n > 2 else "") for name, n in several if n > 1)
