@@ -21,7 +21,7 @@ def committed(name: str) -> dict[tuple[str, str], list[str]]:
 
 
 def test_every_decoder_case_stands_in_the_table_within_its_bounds() -> None:
-    from tests.models.test_families_parity import NAMED
+    from tests.models.decoder_cases import NAMED
 
     rows = committed("decoders")
     assert rows.keys() == {(family, plain(flags)) for family, flags in NAMED}
@@ -45,3 +45,23 @@ def test_every_encoder_case_stands_in_the_table_within_its_bounds() -> None:
         assert float(loss) <= 2e-6
         assert float(gradients) <= 1e-5
         assert export == "bitwise"
+
+
+@pytest.mark.parametrize(
+    ("name", "families", "tokens"),
+    [("decoder-flags", "DECODERS", ["64 of 64"]), ("encoder-flags", "ENCODERS", [])],
+)
+def test_all_combinations_of_flags_stand_in_the_table_within_their_bounds(
+    name: str, families: str, tokens: list[str]
+) -> None:
+    from tests.models import flag_products
+
+    flags = getattr(flag_products, families)
+    rows = committed(name)
+    assert rows.keys() == {(family, flag_products.say(own)) for family, own in flags.items()}
+    for (family, _), (count, logits, loss, gradients, *more) in rows.items():
+        assert int(count) == flag_products.count(flags[family])
+        assert float(logits) <= 1e-5
+        assert float(loss) <= 2e-6
+        assert float(gradients) <= 1e-5
+        assert more == [*tokens, "bitwise"]

@@ -113,7 +113,8 @@ class SafetensorsFile:
                 f"{name} in {self.path} is stored as {stored.dtype}; known: {', '.join(known)}."
             )
         flat = np.frombuffer(self._buffer, known[stored.dtype], stored.count, stored.start)
-        view = flat.reshape(stored.shape if shape is None else shape)[(*index, ...)]
+        rectangle: tuple[Any, ...] = (*index, ...)  # a view, also of a tensor without axes
+        view = flat.reshape(stored.shape if shape is None else shape)[rectangle]
         part = np.empty(view.shape, view.dtype)
         if part.size:
             self._copy(view, part, byte_bounds(flat)[0] - stored.start)
