@@ -22,7 +22,7 @@ from jrlhf.models import hub
 from jrlhf.models.attend import choose_for, named
 from jrlhf.models.build import linear_maps
 from jrlhf.models.build_encoder import net_of
-from jrlhf.models.families import spec_from_config
+from jrlhf.models.families import CHOICES, spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.models.lora.config import base_of
 from jrlhf.models.quantize import asked_for, quantize
@@ -87,7 +87,7 @@ class _Auto:
         Raises:
             MissingFileError, UnsupportedModelError, MissingWeightError, MeshError, ConfigError
         """
-        dtype = _dtype(more.pop("torch_dtype", dtype))
+        dtype = _either_dtype(dtype, more)
         kind, attention = asked_for(more), named(more.pop("attn_implementation", None))
         choices = cls._taken(more)
         placed, adapter = as_mesh(mesh), None
@@ -103,7 +103,7 @@ class _Auto:
             attention=attention,
             platform=_platform(placed),
             shardings=None if placed is None else functools.partial(params_shardings, mesh=placed),
-            key=jax.random.key(seed),
+            key=_key(seed),
             **choices,
         )
         if kind is not None:
@@ -130,13 +130,32 @@ class _Auto:
         cls, config: Any, *, seed: int = 0, mesh: Any = None, tokenizer: Any = None,
         attn_implementation: str | None = None, **choices: Any,
     ) -> Model:  # fmt: skip
-        """A model with random weights from a transformers config or a config.json's dict."""
+        """A model with random weights from a transformers config or a config.json's dict.
+
+        Args:
+            config: what to build.
+            seed, mesh, attn_implementation: as of `from_pretrained`.
+            tokenizer: of its texts; a config has none.
+            **choices: `dtype` (or `torch_dtype`), `remat`, `num_labels`.
+
+        Raises:
+            UnsupportedModelError, ModelError, MeshError, ConfigError
+        """
+        if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):
+            raise ConfigError(
+                f"from_config takes a transformers config or a config.json's dict, got {config!r}."
+            )
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        placed = as_mesh(mesh)
+        placed, key = as_mesh(mesh), _key(seed)
+        choices["dtype"] = _either_dtype(choices.get("dtype", "float32"), choices)
+        known = ("dtype", "remat", *cls._extra)
+        if unknown := sorted(choices.keys() - {*known, *CHOICES}):
+            hint = suggest(unknown[0], [*known, "seed", "mesh", "tokenizer", "attn_implementation"])
+            raise ConfigError(f"from_config has no argument {unknown[0]!r}.{hint}")
         spec = spec_from_config(values, **{**cls._choices, **choices})
         net = net_of(choose_for(spec, named(attn_implementation), _platform(placed)))
         shardings = None if placed is None else params_shardings(net, net.abstract(), placed)
-        params = jax.jit(net.init, out_shardings=shardings)(jax.random.key(seed))
+        params = jax.jit(net.init, out_shardings=shardings)(key)
         return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
 
 
@@ -153,6 +172,22 @@ def _with_adapter(model: Model, directory: str | Path) -> Model:
 def as_mesh(mesh: Any) -> jax.sharding.Mesh | None:
     """A mesh as it is, sizes as a mesh, None as None."""
     return mesh if mesh is None or isinstance(mesh, jax.sharding.Mesh) else make_mesh(mesh)
+
+
+def _key(seed: Any) -> jax.Array:
+    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**32:
+        raise ConfigError(f"seed must be a whole number below 2**32, got {seed!r}.")
+    return jax.random.key(seed)
+
+
+def _either_dtype(dtype: Any, more: dict[str, Any]) -> str:
+    """`dtype`, or `torch_dtype` out of the other arguments: its old name."""
+    old = more.pop("torch_dtype", None)
+    if old is None:
+        return _dtype(dtype)
+    if _dtype(dtype) not in ("float32", _dtype(old)):
+        raise ConfigError(f"dtype={dtype!r} and torch_dtype={old!r} are both given: leave one out.")
+    return _dtype(old)
 
 
 def _dtype(value: Any) -> str:

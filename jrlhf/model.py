@@ -134,6 +134,8 @@ class Model:
         ids = _ints(input_ids)
         if ids.ndim != 2:
             raise ModelError(f"input_ids must be [rows, tokens], got shape {ids.shape}.")
+        if not ids.size:
+            raise ModelError(f"input_ids of shape {ids.shape} hold no token.")
         mask = np.ones_like(ids) if attention_mask is None else _ints(attention_mask)
         _check_inputs(self.net.spec, ids, mask)
         if isinstance(self.net, EncoderNet):
@@ -146,7 +148,7 @@ class Model:
             positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
         else:
             positions = _ints(position_ids)
-        _check_positions(self.net.spec, positions)
+        _check_positions(self.net.spec, positions, ids)
         return _forward(self.net, self.params, ids, mask, positions, self.mesh)
 
     def generate(
@@ -352,7 +354,11 @@ def _check_inputs(spec: Any, ids: np.ndarray, mask: np.ndarray) -> None:
         )
 
 
-def _check_positions(spec: DecoderSpec, positions: np.ndarray) -> None:
+def _check_positions(spec: DecoderSpec, positions: np.ndarray, ids: np.ndarray) -> None:
+    if positions.shape not in (ids.shape, (1, ids.shape[1])):
+        raise ModelError(
+            f"position_ids {positions.shape} and input_ids {ids.shape} differ in shape."
+        )
     high = int(positions.max()) if positions.size else 0
     if spec.positions == "learned" and high >= spec.max_position_embeddings:
         raise ModelError(

@@ -165,6 +165,8 @@ class PeftModel(Model):
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Chooses the active adapter, or several, whose effects are added."""
+        if not isinstance(adapter_name, str | Sequence):
+            raise ConfigError(f"set_adapter takes a name or several, got {adapter_name!r}.")
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self._known(name)

@@ -142,7 +142,7 @@ class EncoderSpec:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        check_sizes(self, (*SIZES, "embedding_size"))
+        check_sizes(self, (*SIZES, "embedding_size", "num_labels"))
         if self.head != "classifier" or self.value_head:
             wanted = "value head" if self.value_head else f"{self.head} head"
             raise ModelError(

@@ -25,8 +25,14 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
         weights: False fetches the tokenizer and configs only.
 
     Raises:
+        ConfigError: neither text nor a path.
         MissingFileError: it is neither on this machine nor to be had from the hub.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(
+            f"A model is named by a path or a hub id, got {name_or_path!r}"
+            f" ({type(name_or_path).__name__})."
+        )
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path

@@ -25,7 +25,7 @@ from jrlhf.models.glassllm import GlassLLMCheckpoint
 from jrlhf.models.hf import writer
 from jrlhf.models.hf.mxfp4 import open_safetensors
 from jrlhf.models.hf.reader import Checkpoint
-from jrlhf.models.match import At, match, places_of
+from jrlhf.models.match import At, as_tied, match, places_of
 from jrlhf.models.pieces import fill
 from jrlhf.models.quantize import holds_quantized
 
@@ -138,7 +138,7 @@ def load_pretrained(
         num_labels=spec.num_labels if num_labels is None else num_labels,
         vocab_padding=vocabulary.padding(spec.vocab_size, pad_vocab_to_multiple_of),
     )
-    spec = attend.choose_for(spec, attention, platform)
+    spec = as_tied(checkpoint, attend.choose_for(spec, attention, platform))
     net = net_of(spec)
     names = match(checkpoint, spec)
     abstract = net.abstract()

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from jrlhf.errors import MissingWeightError
 from jrlhf.models.encoder_spec import AnySpec, EncoderSpec
 from jrlhf.models.families import Weight, family_of
@@ -16,6 +18,8 @@ Keys = tuple[str, ...]
 # Index of a tensor along the stacked axes of a leaf: none, the layer, or the layer and the expert.
 At = tuple[int, ...]
 # Leaves with a row or column per token: only they may have padding.
+# Compared at a time.
+_ROWS = 4096
 VOCABULARY = {("embed", "table"): 0, ("head", "kernel"): 1, ("head", "bias"): 0}
 
 
@@ -66,6 +70,34 @@ def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
             stacklevel=3,
         )
     return found
+
+
+def as_tied(checkpoint: Checkpoint, spec: AnySpec) -> AnySpec:
+    """The spec, untied where the checkpoint holds a head that is not the embedding.
+
+    transformers then keeps both too, whatever the config says.
+    """
+    if isinstance(spec, EncoderSpec) or spec.head != "causal" or not spec.tie_word_embeddings:
+        return spec
+    theirs = _our_names(checkpoint.shapes, spec)
+    untied = {
+        row.path: row for row in family_of(spec).weights(spec.replace(tie_word_embeddings=False))
+    }
+    rows = [untied["head", "kernel"], untied["embed", "table"]]
+    names = [theirs[row.name] for row in rows if row.name in theirs]
+    if len(names) < 2 or checkpoint.shapes[names[0]] != checkpoint.shapes[names[1]]:
+        return spec
+    for start in range(0, rows[0].hf_shape[0], _ROWS):
+        index = (slice(start, min(start + _ROWS, rows[0].hf_shape[0])), slice(None))
+        head, table = (checkpoint.read(name, index) for name in names)
+        if not np.array_equal(head, table):
+            warnings.warn(
+                f"{checkpoint.path} says tie_word_embeddings, and holds a {names[0]} that is not"
+                " its embedding: both are kept, as transformers does.",
+                stacklevel=4,
+            )
+            return spec.replace(tie_word_embeddings=False)
+    return spec
 
 
 def _padded(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

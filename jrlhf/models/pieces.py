@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.models.families.weights import Weight
 from jrlhf.models.hf.reader import Checkpoint
-from jrlhf.models.match import At
+from jrlhf.models.match import VOCABULARY, At
 
 # start and stop per axis
 Bounds = tuple[tuple[int, int], ...]
 Places = Mapping[At, tuple[Weight, str]]
+# What the host holds of a device's part at a time; a larger part is joined on the device.
+_HELD = 128 * 2**20
 
 
 def fill(
@@ -28,7 +33,7 @@ def fill(
     """Makes one leaf.
 
     Each part is read once, laid on the devices that want it and forgotten before the next is read:
-    the host never holds more than one.
+    the host never holds more than one, and of a large one never more than `_HELD` bytes.
 
     Args:
         shape: of the leaf.
@@ -44,11 +49,42 @@ def fill(
         owners.setdefault(bounds, []).append(device)
     pieces: list[jax.Array] = []
     for bounds, devices in owners.items():
-        part = _read_part(checkpoint, places, bounds, np.dtype(dtype))
-        for device in devices:
-            home = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-            pieces.append(jax.block_until_ready(jax.device_put(part, home)))
+        homes = [
+            jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+            for device in devices
+        ]
+        blocks = _blocks(bounds, np.dtype(dtype).itemsize)
+        if len(blocks) == 1:
+            part = _read_part(checkpoint, places, bounds, np.dtype(dtype))
+            pieces += [jax.block_until_ready(jax.device_put(part, home)) for home in homes]
+            continue
+        sizes = tuple(stop - start for start, stop in bounds)
+        wholes = [jnp.zeros(sizes, dtype, device=home) for home in homes]
+        for block in blocks:
+            part = _read_part(checkpoint, places, (block, *bounds[1:]), np.dtype(dtype))
+            at = np.int32(block[0] - bounds[0][0])
+            wholes = [
+                jax.block_until_ready(_put(whole, jax.device_put(part, home), at))
+                for whole, home in zip(wholes, homes, strict=True)
+            ]
+        pieces += wholes
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _blocks(bounds: Bounds, itemsize: int) -> list[tuple[int, int]]:
+    """The first axis in equal blocks (the last may be smaller) of at most `_HELD` bytes."""
+    if not bounds:
+        return [(0, 1)]
+    (start, stop), rest = bounds[0], bounds[1:]
+    row = itemsize * math.prod(last - first for first, last in rest)
+    step = max(_HELD // max(row, 1), 1)
+    return [(at, min(at + step, stop)) for at in range(start, stop, step)] or [(start, stop)]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, part: jax.Array, at: np.int32) -> jax.Array:
+    """Writes rows into an array in place."""
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, at, axis=0)
 
 
 def _read_part(
@@ -76,5 +112,7 @@ def _read_part(
 def _read(checkpoint: Checkpoint, row: Weight, name: str, bounds: Bounds) -> np.ndarray:
     """A part of one tensor, in our layout."""
     shape, index = row.view(tuple(slice(*bound) for bound in bounds))
+    if row.path in VOCABULARY:  # a checkpoint may have rows that are no tokens
+        shape = (checkpoint.shapes[name][0], *shape[1:])
     sizes = tuple(stop - start for start, stop in bounds)
     return row.from_hf(checkpoint.read(name, index, shape), sizes)

@@ -89,6 +89,9 @@ def dense(params: Any) -> Any:
 def asked_for(options: dict[str, Any]) -> str | None:
     """Takes transformers' `load_in_8bit` and `load_in_4bit` out of options: a kind, or None."""
     eight, four = options.pop("load_in_8bit", False), options.pop("load_in_4bit", False)
+    for name, value in (("load_in_8bit", eight), ("load_in_4bit", four)):
+        if value not in (True, False, None):
+            raise ConfigError(f"{name} must be True or False, got {value!r}.")
     if eight and four:
         raise ConfigError("load_in_8bit and load_in_4bit were both given; give one of them.")
     return "int8" if eight else "nf4" if four else None

@@ -8,6 +8,7 @@ shape.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,11 +36,12 @@ def check_sizes(spec: object, fields: Sequence[str]) -> None:
     """Refuses models of nothing.
 
     Raises:
-        UnsupportedModelError: a field is below 1.
+        UnsupportedModelError: a field is below 1, or no whole number.
     """
     for field in fields:
-        if getattr(spec, field) < 1:
-            raise UnsupportedModelError(f"{field}={getattr(spec, field)} must be at least 1.")
+        size = getattr(spec, field)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UnsupportedModelError(f"{field}={size!r} must be at least 1, a whole number.")
 
 
 def _known(field: str, value: str, names: tuple[str, ...]) -> None:
@@ -48,6 +50,10 @@ def _known(field: str, value: str, names: tuple[str, ...]) -> None:
             f"{field}={value!r} is not implemented; known: {', '.join(names)}."
             + suggest(str(value), names)
         )
+
+
+_POSITIVE = ("rope_theta", "factor", "original_max_position_embeddings", "attention_factor",
+             "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,23 @@ class RopeSpec:
             raise UnsupportedModelError(
                 f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1]."
             )
+        positive = {name: getattr(self, name) for name in _POSITIVE}
+        positive |= {"short_factor": min(self.short_factor, default=1.0)}
+        positive |= {"long_factor": min(self.long_factor, default=1.0)}
+        for name, value in positive.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UnsupportedModelError(f"rope_parameters: {name}={value} must be above 0.")
+
+    def check_pairs(self, head_dim: int) -> None:
+        """Refuses a longrope without a factor for every pair of channels of a head."""
+        pairs = self.turned(head_dim) // 2
+        for name in ("short_factor", "long_factor"):
+            count = len(getattr(self, name))
+            if self.rope_type == "longrope" and count != pairs:
+                raise UnsupportedModelError(
+                    f"rope_parameters: {name} has {count} entries, expected {pairs}: one for each"
+                    f" pair of turned channels (head_dim={head_dim})."
+                )
 
     def turned(self, head_dim: int) -> int:
         """Channels of a head that the frequencies are spread over (odd: one more is turned)."""
@@ -231,7 +254,7 @@ class DecoderSpec:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        check_sizes(self, (*SIZES, "num_key_value_heads"))
+        check_sizes(self, (*SIZES, "num_key_value_heads", "num_labels"))
         _known("norm", self.norm, NORMS)
         _known("block", self.block, BLOCKS)
         _known("positions", self.positions, POSITIONS)
@@ -247,6 +270,7 @@ class DecoderSpec:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
+        self.rope.check_pairs(self.head_dim)
         turned = self.rope.turned(self.head_dim)
         if self.positions == "rotary" and self.head_dim % 2 and turned == self.head_dim:
             raise UnsupportedModelError(f"head_dim={self.head_dim} is odd; rotary needs pairs.")

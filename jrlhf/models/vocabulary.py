@@ -58,8 +58,8 @@ def resized(
     Raises:
         ConfigError: no tokens, or a multiple below 1.
     """
-    if size < 1:
-        raise ConfigError(f"A vocabulary has at least one token, got {size}.")
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"A vocabulary has at least one token, a whole number, got {size!r}.")
     old = net.spec.vocab_size
     beyond = padding(size, multiple)
     params = {name: dict(leaf) if name in ("embed", "head") else leaf

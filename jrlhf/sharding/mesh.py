@@ -32,6 +32,10 @@ def parse_mesh(value: str | Mapping[str, int] | None) -> dict[str, int]:
     """
     if value is None:
         return {}
+    if not isinstance(value, str | Mapping):
+        raise MeshError(
+            f"A mesh is written as data=1,fsdp=4 or as a mapping of sizes, got {value!r}."
+        )
     shape: dict[str, int] = {}
     pairs = _pairs(value) if isinstance(value, str) else value.items()
     for name, size in pairs:

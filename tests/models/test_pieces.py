@@ -26,6 +26,7 @@ class Memory:
 
     def __init__(self, tensors):
         self.tensors, self.read_entries, self.largest = tensors, 0, 0
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def read(self, name, index, shape):
         part = self.tensors[name].reshape(shape)[index]

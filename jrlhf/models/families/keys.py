@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jrlhf.errors import UnsupportedModelError, suggest
+from jrlhf.errors import ModelError, UnsupportedModelError, suggest
 from jrlhf.models.spec import DecoderSpec
 
 # Field of the spec -> (key of config.json, its value where the key is absent or null).
@@ -47,8 +47,7 @@ def read_keys(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
         value = config.get(name)
         if value is None:
             value = default
-        kind = type(default)
-        fields[field] = value if value is None or kind is type(None) else kind(value)
+        fields[field] = _as(name, value, type(default))
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = int(fields.get("num_key_value_heads") or heads)
     fields["head_dim"] = int(fields.get("head_dim") or fields["hidden_size"] // heads)
@@ -56,6 +55,18 @@ def read_keys(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
     labels = config.get("id2label")
     fields["num_labels"] = len(labels) if labels else int(config.get("num_labels", 2))
     return fields
+
+
+def _as(name: str, value: Any, kind: type) -> Any:
+    """A key's value in the kind of its default, if it loses nothing by it."""
+    if value is None or kind is type(None) or type(value) is kind:
+        return value
+    if kind is str:  # what knows the names will judge it
+        return str(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (kind is float and number) or (kind is int and number and float(value).is_integer()):
+        return kind(value)
+    raise ModelError(f"config.json: {name}={value!r} must be {kind.__name__}.")
 
 
 def activation(key: str, name: str) -> str:

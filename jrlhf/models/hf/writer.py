@@ -109,8 +109,9 @@ def write_weights(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, all at once."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    """Writes a JSON object, all at once; of LoRA's patterns the first that fits wins, so only the
+    object's own keys are sorted."""
+    text = json.dumps(dict(sorted(value.items())), indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 
 

@@ -19,6 +19,9 @@ TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 INITS = (True, False, "gaussian")
 _OTHER_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 
+# Of these, what leaves the base alone once it has drawn.
+_DRAWS = ("eva", "orthogonal")
+
 _VARIANT = "this variant of LoRA is not implemented"
 # Fields of PEFT that are refused unless they ask for nothing; then also their neutral values.
 _REFUSED = {
@@ -212,8 +215,11 @@ def read_config(directory: Path) -> LoraConfig:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise MissingFileError(f"{directory} has no {CONFIG_FILE}: it is not an adapter directory.")
+    values = read_json(file)
+    if str(values.get("init_lora_weights")) in _DRAWS:  # what it drew is in the file
+        values = {**values, "init_lora_weights": True, "eva_config": None}
     try:
-        return as_config(read_json(file))
+        return as_config(values)
     except ConfigError as error:
         raise type(error)(f"{file}: {error}") from None
 

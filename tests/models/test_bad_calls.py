@@ -1,0 +1,212 @@
+"""What a user may type at a model and cannot mean: named errors, no tracebacks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrlhf import AutoModelForCausalLM, AutoModelForSequenceClassification
+from jrlhf.errors import ConfigError, JrlhfError, MeshError, ModelError, UnsupportedModelError
+from jrlhf.models.families import spec_from_config
+from jrlhf.models.load import load_pretrained
+from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
+from tests.models.conftest import CONFIG, tensors_of, write_hf
+
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 12}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("model"), CONFIG, tensors_of(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_config(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"mesh": 3}, "written as data=1,fsdp=4 or as a mapping of sizes, got 3"),
+        ({"mesh": ["fsdp"]}, r"got \['fsdp'\]"),
+        ({"seed": "a"}, "seed must be a whole number below .*, got 'a'"),
+        ({"load_in_8bit": "yes"}, "load_in_8bit must be True or False, got 'yes'"),
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, "both given: leave one out"),
+    ],
+)
+def test_arguments_of_from_pretrained(directory: Path, fields: dict[str, Any], says: str) -> None:
+    with pytest.raises((ConfigError, MeshError), match=says):
+        AutoModelForCausalLM.from_pretrained(directory, **fields)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["a"]])
+def test_a_model_is_named_by_text(name: Any) -> None:
+    with pytest.raises(ConfigError, match="named by a path or a hub id, got"):
+        AutoModelForCausalLM.from_pretrained(name)
+
+
+@pytest.mark.parametrize("labels", [-1, 0, 1.5, "8", True])
+def test_labels_are_counted(directory: Path, labels: Any) -> None:
+    for make in (
+        lambda **more: AutoModelForSequenceClassification.from_pretrained(directory, **more),
+        lambda **more: AutoModelForSequenceClassification.from_config(CONFIG, **more),
+    ):
+        with pytest.raises(
+            UnsupportedModelError, match=r"num_labels=.* must be at least 1, a whole"
+        ):
+            make(num_labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "says"),
+    [
+        (CONFIG, {"foo": 1}, "from_config has no argument 'foo'"),
+        (CONFIG, {"sed": 1}, 'Did you mean "seed"'),
+        (CONFIG, {"seed": 1.5}, "seed must be a whole number"),
+        (None, {}, "takes a transformers config or a config.json's dict, got None"),
+        ("llama", {}, "got 'llama'"),
+    ],
+)
+def test_arguments_of_from_config(config: Any, fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        AutoModelForCausalLM.from_config(config, **fields)
+
+
+def test_from_config_takes_types_as_from_pretrained_does() -> None:
+    for fields in ({"dtype": jnp.bfloat16}, {"torch_dtype": "bfloat16"}, {"dtype": "bf16"}):
+        made = AutoModelForCausalLM.from_config(CONFIG, **fields)
+        assert made.net.spec.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("size", ["70", 1.5, 0, -1])
+def test_a_vocabulary_is_counted(model: Any, size: Any) -> None:
+    with pytest.raises(ConfigError, match=r"at least one token, a whole number, got"):
+        model.resize_token_embeddings(size)
+
+
+def test_positions_belong_to_tokens(model: Any) -> None:
+    ids = np.ones((2, 5), np.int32)
+    one = model(ids, position_ids=np.arange(5)[None]).logits
+    np.testing.assert_array_equal(one, model(ids).logits)
+    for wrong in (np.arange(4)[None], np.arange(5), np.ones((3, 5), int)):
+        with pytest.raises(ModelError, match=r"position_ids .* and input_ids \(2, 5\) differ"):
+            model(ids, position_ids=wrong)
+    with pytest.raises(ModelError, match=r"input_ids of shape \(1, 0\) hold no token"):
+        model(np.zeros((1, 0), int))
+
+
+def test_adapters_are_named_by_text(model: Any) -> None:
+    adapted = get_peft_model(model, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="set_adapter takes a name or several, got 3"):
+        adapted.set_adapter(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"rope_type": "linear", "factor": 0}, "factor=0.0 must be above 0"),
+        ({"rope_type": "linear", "factor": -1.0}, "factor=-1.0 must be above 0"),
+        ({"rope_type": "default", "rope_theta": -5}, "rope_theta=-5.0 must be above 0"),
+        ({**LONG, "short_factor": [1.0] * 3, "long_factor": [1.0] * 2}, "long_factor has 2"),
+        ({**LONG, "short_factor": [1.0] * 3, "long_factor": [1.0, 0.0, 2.0]}, "long_factor=0.0"),
+        ({**LONG, "short_factor": [1.0] * 3, "long_factor": []}, "long_factor has 0 entries"),
+        ({**LONG, "short_factor": [1.0], "long_factor": [1.0]}, "expected 3: one for each pair"),
+        ({**LONG, "short_factor": 1.0, "long_factor": 2.0}, "rope_parameters="),
+    ],
+)
+def test_rotations_that_cannot_be(rope: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        spec_from_config(CONFIG | {"rope_parameters": rope})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("tie_word_embeddings", "false", "'false' must be bool"),
+        ("hidden_size", 32.7, "32.7 must be int"),
+        ("rms_norm_eps", "small", "'small' must be float"),
+        ("attention_bias", 1, "1 must be bool"),
+    ],
+)
+def test_values_of_another_kind(key: str, value: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=f"{key}={says}"):
+        spec_from_config(CONFIG | {key: value})
+    assert spec_from_config(CONFIG | {"hidden_size": 16.0}).hidden_size == 16
+
+
+def test_a_vocabulary_that_the_config_understates(tmp_path: Path) -> None:
+    """Rows beyond it are padding; of a width that cannot be, an error names the tensor."""
+    tensors = tensors_of(CONFIG)
+    path = write_hf(tmp_path / "less", CONFIG | {"vocab_size": 33}, tensors)
+    with pytest.warns(UserWarning, match="more rows of"):
+        _, params, _ = load_pretrained(path)
+    table = tensors["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params["embed"]["table"], table[:33])
+    np.testing.assert_array_equal(params["head"]["kernel"], tensors["lm_head.weight"][:33].T)
+    more = write_hf(tmp_path / "more", CONFIG | {"vocab_size": 41}, tensors)
+    with pytest.raises(JrlhfError, match=r"shape of model.embed_tokens.weight is \(40, 16\)"):
+        load_pretrained(more)
+
+
+def test_a_head_that_is_not_the_embedding_it_should_be_is_kept(tmp_path: Path) -> None:
+    tensors = tensors_of(CONFIG)
+    path = write_hf(tmp_path / "other", CONFIG | {"tie_word_embeddings": True}, tensors)
+    with pytest.warns(UserWarning, match=r"holds a lm_head.weight that is not its embedding"):
+        net, params, _ = load_pretrained(path)
+    assert not net.spec.tie_word_embeddings
+    np.testing.assert_array_equal(params["head"]["kernel"], tensors["lm_head.weight"].T)
+    same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    path = write_hf(tmp_path / "same", CONFIG | {"tie_word_embeddings": True}, same)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net, params, _ = load_pretrained(path)
+    assert net.spec.tie_word_embeddings
+    assert "head" not in params
+
+
+def test_patterns_that_overlap_keep_their_order(model: Any, tmp_path: Path) -> None:
+    """The first that fits a module wins, also after a save."""
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={r"layers\.0\..*": 3, "down_proj": 1},
+        alpha_pattern={r"layers\.0\..*": 30, "down_proj": 1},
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    ids = np.arange(14).reshape(2, 7)
+    np.testing.assert_array_equal(adapted(ids).logits, again(ids).logits)
+
+
+def test_a_large_part_is_joined_on_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jrlhf.models import pieces
+
+    path = write_hf(tmp_path / "model", CONFIG, tensors_of(CONFIG))
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    largest = []
+    read = pieces._read_part
+
+    def recorded(*arguments: Any) -> np.ndarray:
+        part = read(*arguments)
+        largest.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(pieces, "_read_part", recorded)
+    monkeypatch.setattr(pieces, "_HELD", 1000)
+    for mesh in (None, "data=8", "data=2,fsdp=2,tensor=2"):
+        largest.clear()
+        made = AutoModelForCausalLM.from_pretrained(path, mesh=mesh)
+        jax.tree.map(np.testing.assert_array_equal, made.params, whole.params)
+        # A row of the first axis is the least: here a layer of the MLP.
+        assert max(largest) <= max(1000, 4 * 16 * 24)
