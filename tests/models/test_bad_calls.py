@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jrlhf import AutoModelForCausalLM, AutoModelForSequenceClassification
-from jrlhf.errors import ConfigError, JrlhfError, MeshError, ModelError, UnsupportedModelError
+from jrlhf.errors import (
+    ConfigError,
+    JrlhfError,
+    MeshError,
+    MissingWeightError,
+    ModelError,
+    UnsupportedFieldError,
+    UnsupportedModelError,
+)
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
@@ -185,6 +195,34 @@ def test_patterns_that_overlap_keep_their_order(model: Any, tmp_path: Path) -> N
     again = PeftModel.from_pretrained(model, tmp_path / "adapter")
     ids = np.arange(14).reshape(2, 7)
     np.testing.assert_array_equal(adapted(ids).logits, again(ids).logits)
+
+
+def test_what_peft_puts_beside_embeddings_is_named(model: Any, tmp_path: Path) -> None:
+    get_peft_model(model, LoraConfig(r=2)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    save_file(load_file(file) | {name: np.zeros((2, 40), np.float32)}, file)
+    with pytest.raises(MissingWeightError, match=r"(?s)unexpected: .*Low-rank paths beside embed"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["eva", "orthogonal", "pissa"])
+def test_a_saved_adapter_may_have_begun_in_another_way(
+    model: Any, tmp_path: Path, kind: str
+) -> None:
+    """What it drew is in its file; only what also changed the base is refused."""
+    made = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False))
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    more = {"init_lora_weights": kind, "eva_config": {"rho": 2.0} if kind == "eva" else None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    if kind == "pissa":
+        with pytest.raises(UnsupportedFieldError, match="it changes the base"):
+            PeftModel.from_pretrained(model, tmp_path)
+        return
+    again = PeftModel.from_pretrained(model, tmp_path)
+    ids = np.arange(6)[None]
+    np.testing.assert_array_equal(again(ids).logits, made(ids).logits)
 
 
 def test_a_large_part_is_joined_on_its_device(

@@ -158,15 +158,26 @@ def read(
             )
         else:
             leaves[tensor.path][tensor.part][tensor.row.inside] = tensor.row.from_hf(value)
-    problems += [f"unexpected: {name}" for name in found if name not in used]
+    unexpected = [name for name in found if name not in used]
+    problems += [f"unexpected: {name}" for name in unexpected]
     if problems:
         more = len(problems) - _LISTED
         lines = "\n  ".join(problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []))
         raise MissingWeightError(
             f"{file} does not fit this base and its own adapter_config.json "
-            f"({len(problems)} differences):\n  {lines}"
+            f"({len(problems)} differences):\n  {lines}{_low_rank_hint(unexpected)}"
         )
     return leaves
+
+
+def _low_rank_hint(unexpected: list[str]) -> str:
+    marks = ("lora_embedding_", ".base_layer.")
+    if not any(mark in name for name in unexpected for mark in marks):
+        return ""
+    return (
+        "\n  Low-rank paths beside embeddings and heads are not implemented: merge that adapter"
+        " with PEFT and load the model, or train them whole (modules_to_save)."
+    )
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
