@@ -1,11 +1,11 @@
 """Loading a sharded checkpoint onto eight devices: seconds, and the host memory that it takes.
 
-    python benchmarks/bench_load.py [--quick] [--dtype float32 bfloat16]
+    python benchmarks/bench_load.py [--quick] [--dtype float32 bfloat16] [--mesh fsdp=8 tensor=8]
 
-A random Llama checkpoint in bfloat16, in several files, is loaded onto eight fake CPU devices with
-the mesh fsdp=8, in a fresh process whose high-water mark of memory is read. Here the memory of the
-devices is the host's, so the arrays themselves are the process's own slice; what loading may take
-besides is 1.3 times the largest file.
+A random Llama checkpoint in bfloat16, in several files, is loaded onto eight fake CPU devices, cut
+as each mesh says, in a fresh process whose high-water mark of memory is read. Here the memory of
+the devices is the host's, so the arrays themselves are the process's own slice; what loading may
+take besides is 1.3 times the largest file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 BOUND = 1.3
 DEVICES = 8
+MESHES = ("fsdp=8", "tensor=8", "data=2,fsdp=4")
 
 
 class Size(NamedTuple):
@@ -94,7 +95,7 @@ def memory(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def load(directory: str, dtype: str) -> dict[str, Any]:
+def load(directory: str, dtype: str, mesh: str) -> dict[str, Any]:
     """Loads in this process; what it took."""
     import jax
 
@@ -104,13 +105,11 @@ def load(directory: str, dtype: str) -> dict[str, Any]:
     tiny = Size(64, 64, 64, 1, 8, 8, 10**6)
     with tempfile.TemporaryDirectory() as other:
         write_checkpoint(Path(other), tiny)
-        AutoModelForCausalLM.from_pretrained(other, mesh={"fsdp": DEVICES}, param_dtype=dtype)
+        AutoModelForCausalLM.from_pretrained(other, mesh=mesh, param_dtype=dtype)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
     begun = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, mesh={"fsdp": DEVICES}, param_dtype=dtype
-    )
+    model = AutoModelForCausalLM.from_pretrained(directory, mesh=mesh, param_dtype=dtype)
     jax.block_until_ready(model.params)
     seconds = time.perf_counter() - begun
     peak = memory("VmHWM")
@@ -119,6 +118,7 @@ def load(directory: str, dtype: str) -> dict[str, Any]:
     return {
         "parameters": sum(leaf.size for leaf in leaves),
         "dtype": dtype,
+        "mesh": mesh,
         "devices": len(jax.devices()),
         "seconds": seconds,
         "own_slice_bytes": own,
@@ -126,7 +126,7 @@ def load(directory: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def measure(directory: Path, dtype: str) -> dict[str, Any]:
+def measure(directory: Path, dtype: str, mesh: str = MESHES[0]) -> dict[str, Any]:
     """Loads in a fresh process with eight devices."""
     environment = {
         **os.environ,
@@ -134,7 +134,8 @@ def measure(directory: Path, dtype: str) -> dict[str, Any]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, __file__, "--child", str(directory), "--dtype", dtype]
+    command = [sys.executable, __file__, "--child", str(directory), "--dtype", dtype,
+               "--mesh", mesh]  # fmt: skip
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=3600
     )
@@ -161,24 +162,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model; a few seconds")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--mesh", nargs="+", default=MESHES)
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(load(options.child, options.dtype[0])))
+        print(json.dumps(load(options.child, options.dtype[0], options.mesh[0])))
         return
     from measure import report, write
 
     size = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory() as work:
         largest = write_checkpoint(Path(work), size)
-        rows = [judge(measure(Path(work), dtype), largest) for dtype in options.dtype]
+        rows = [
+            judge(measure(Path(work), dtype, mesh), largest)
+            for dtype in options.dtype
+            for mesh in options.mesh
+        ]
     report(
         f"loading onto {DEVICES} devices",
         [
             {
                 "parameters": f"{row['parameters'] / 1e6:.0f}M",
                 "kept as": row["dtype"],
+                "mesh": row["mesh"],
                 "seconds": row["seconds"],
                 "own slice, GB": row["own_slice_bytes"] / 1e9,
                 "rise, GB": row["rise_bytes"] / 1e9,
