@@ -6,6 +6,7 @@ so that it has no padding to get wrong.
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -50,7 +51,8 @@ def rows():
 def theirs(family, changes, *, kind="CausalLM", scale=0.15, seed=0, **more):
     """A float32 transformers model with every parameter, norms and biases too, off its start."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(family, **{**BASE, **changes, **more})
+    # A copy: transformers adds to dictionaries that it is given.
+    config = transformers.AutoConfig.for_model(family, **copy.deepcopy({**BASE, **changes, **more}))
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval()
     with torch.no_grad():
@@ -83,18 +85,24 @@ def relative(ours, expected):
     return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
 
 
-def worst_gradient(ours, expected, *, rotated):
+def worst_gradient(ours, expected, spec):
     """The largest difference relative to its tensor's maximum.
 
     Without rotation a bias on keys has no gradient at all (it adds the same to all scores of a
-    query): that tensor alone is compared with the largest gradient of the model.
+    query), and neither has the router where the one chosen expert's weight is divided by itself:
+    those tensors alone are compared with the largest gradient of the model.
     """
     ours = jax.device_get(jax.tree.leaves(ours))
     expected = jax.device_get(jax.tree_util.tree_leaves_with_path(expected))
     top = max(np.abs(leaf).max() for _, leaf in expected)
+    nothing = set()
+    if spec.positions != "rotary" or set(spec.layer_ropes) == {-1}:
+        nothing.add("['k']['bias']")
+    if spec.moe is not None and spec.moe.experts_per_token == 1 and spec.moe.normalize:
+        nothing |= {"['router']['kernel']", "['router']['bias']"}
 
     def size(path, leaf):
-        zero = not rotated and jax.tree_util.keystr(path).endswith("['k']['bias']")
+        zero = jax.tree_util.keystr(path).endswith(tuple(nothing))
         return top if zero else np.abs(leaf).max()
 
     return max(
@@ -144,7 +152,7 @@ def _measure(family, changes, directory):
     return {
         "logits": relative(np.asarray(ours)[real], logits[real]),
         "loss": abs(loss_here - loss),
-        "gradients": worst_gradient(gradients, expected, rotated=net.spec.positions == "rotary"),
+        "gradients": worst_gradient(gradients, expected, net.spec),
         # The weights bit by bit; the config by what it computes (kernels may follow alignment).
         "reload": same(again.state_dict(), state) and relative(their_logits(again), first) <= 1e-6,
     }
@@ -174,12 +182,13 @@ def greedy_agreement(family, changes):
     # Some draws say one token for ever, which proves little. Tied and scaled up, a token's own
     # vector is its own best successor: then the embedding is made small.
     small = 0.1 if family.startswith("gemma") else 1.0
-    scales = ((0.4, small), (0.8, 0.1), (0.8, 0.03), (0.3, 0.3), (1.2, 0.1))
-    draws = [(seed, *scale) for scale in scales for seed in range(8)]
+    scales = ((0.4, small), (0.8, 0.1), (1.5, 0.01))
+    draws = [(seed, *scale) for scale in scales for seed in range(40)]
     norms_after = not changes.get("do_layer_norm_before", True)
     if norms_after:
         # Each layer's norm takes the place of what went in: positions have to speak up.
-        draws = [(seed, 0.15, 1.0) for seed in range(8)]
+        draws = [(seed, 0.15, 1.0) for seed in range(40)]
+    best = (0, None, None)
     for seed, scale, shrink in draws:
         model = theirs(family, changes, scale=scale, seed=seed)
         if shrink != 1.0:
@@ -189,14 +198,17 @@ def greedy_agreement(family, changes):
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
             net, params, _ = load_pretrained(directory)
-        model.double()
-        expected = np.stack([generate(model, row[:n]) for row, n in zip(ids, lengths, strict=True)])
-        if min(len(np.unique(row)) for row in expected) > 8:
+        ours = np.asarray(greedy(net, params, jnp.asarray(ids), jnp.asarray(lengths)))
+        best = max(
+            best, (min(len(np.unique(row)) for row in ours), model, ours), key=lambda one: one[0]
+        )
+        if best[0] > 8:
             break
-    else:
-        raise AssertionError(f"no draw of {family} ({changes}) gives varied rows")
-    ours = greedy(net, quick_jit(net.unstack)(params), ids, lengths)
-    return int((np.asarray(ours) == expected).sum(axis=1).min())
+    variety, model, ours = best
+    assert variety > 4, f"no draw of {family} ({changes}) gives varied rows"
+    model.double()
+    expected = np.stack([generate(model, row[:n]) for row, n in zip(ids, lengths, strict=True)])
+    return int((ours == expected).sum(axis=1).min())
 
 
 def generate(model, prompt):
@@ -208,24 +220,18 @@ def generate(model, prompt):
     return out[0, len(prompt) :].numpy()
 
 
+@functools.partial(quick_jit, static_argnums=0)
 def greedy(net, params, ids, lengths):
-    width = ids.shape[1]
+    params, width = net.unstack(params), ids.shape[1]
+    slots = jnp.arange(width + NEW)
+    hidden, cache = net.prefill(params, ids, lengths, cache_size=width + NEW)
+    first = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
-    @quick_jit
-    def run(params):
-        slots = jnp.arange(width + NEW)
-        hidden, cache = net.prefill(params, ids, lengths, cache_size=width + NEW)
-        first = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    def step(carry, j):
+        state, cache = carry
+        token = jnp.argmax(net.logits(params, state), axis=-1).astype(jnp.int32)
+        valid = (slots < lengths[:, None]) | ((slots >= width) & (slots <= width + j))
+        state, cache = net.decode(params, token, lengths + j, cache, slot=width + j, valid=valid)
+        return (state, cache), token
 
-        def step(carry, j):
-            state, cache = carry
-            token = jnp.argmax(net.logits(params, state), axis=-1).astype(jnp.int32)
-            valid = (slots < lengths[:, None]) | ((slots >= width) & (slots <= width + j))
-            state, cache = net.decode(
-                params, token, lengths + j, cache, slot=width + j, valid=valid
-            )
-            return (state, cache), token
-
-        return jax.lax.scan(step, (first, cache), jnp.arange(NEW))[1].T
-
-    return run(params)
+    return jax.lax.scan(step, (first, cache), jnp.arange(NEW))[1].T

@@ -103,7 +103,7 @@ DECODERS: dict[str, Flags] = {
                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
                 }
             }
-            for kind in (PLAIN, LINEAR, YARN, LLAMA3)
+            for kind in (PLAIN, LINEAR)
         ),
         "windows": tuple(
             {"sliding_window": 5, "layer_types": types}
@@ -172,7 +172,7 @@ DECODERS: dict[str, Flags] = {
         "sizes": ({"ffn_dim": 44},),
         **TIED,
     },
-    "mixtral": {"experts": (EXPERTS,), **TOP, **WINDOW, **ROPE, **TIED, **GROUPS},
+    "mixtral": {"experts": (EXPERTS | {"head_dim": 8},), **TOP, **WINDOW, **ROPE, **TIED, **GROUPS},
     "qwen3_moe": {
         "experts": (QWEN_EXPERTS,),
         "normed weights": switch("norm_topk_prob"),
@@ -187,8 +187,8 @@ DECODERS: dict[str, Flags] = {
             for types in (MIXED, ["full_attention"] * 4, ["sliding_attention"] * 4)
         ),
         "rope": ({}, *ropes(PLAIN)),
-        "gate": switch("swiglu_limit", 7.0, 1.0),
-        "head_dim": ({"head_dim": 8}, WIDE),
+        "gate": ({"swiglu_limit": 1.0},),
+        "head_dim": ({"head_dim": 8},),
         **TOP, **TIED, **BIAS,
     },
 }  # fmt: skip

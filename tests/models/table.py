@@ -3,13 +3,15 @@
     python -m tests.models.table [decoders] [encoders] [decoder-flags] [encoder-flags]
 
 The tests bound the same numbers for all cases and some combinations; greedy tokens they count for
-the cases marked " *" only, and this program for all. Combinations take an hour on one core.
+the cases marked " *" only, and this program for all. Combinations take an hour on two cores.
 """
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +41,52 @@ def encoder_rows() -> Iterator[tuple[str, ...]]:
 
 
 def decoder_flag_rows() -> Iterator[tuple[str, ...]]:
-    from tests.models import decoder_measure as cases
     from tests.models import flag_products as flags
+    from tests.models.decoder_measure import NEW
 
-    for family, own in flags.DECODERS.items():
-        found = []
-        for changes in flags.products(own):
-            found.append(cases.measure(family, changes))
-            found[-1]["tokens"] = cases.greedy_agreement(family, changes)
-            say((family, str(changes), str(found[-1])))
-        tokens = f"{min(row['tokens'] for row in found)} of {cases.NEW}"
+    for family, own, found in combinations(flags.DECODERS, measured_decoder):
+        tokens = f"{min(row['tokens'] for row in found)} of {NEW}"
         yield family, flags.say(own), *worst(found, tokens)
 
 
 def encoder_flag_rows() -> Iterator[tuple[str, ...]]:
-    from tests.models import encoder_cases as cases
     from tests.models import flag_products as flags
 
-    for family, own in flags.ENCODERS.items():
-        found = []
-        for changes in flags.products(own):
-            found.append(cases.measure(family, changes)._asdict())
-            say((family, str(changes), str(found[-1])))
+    for family, own, found in combinations(flags.ENCODERS, measured_encoder):
         yield family, flags.say(own), *worst(found)
+
+
+def measured_decoder(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    from tests.models.decoder_measure import greedy_agreement, measure
+
+    return measure(family, changes) | {"tokens": greedy_agreement(family, changes)}
+
+
+def measured_encoder(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    from tests.models.encoder_cases import measure
+
+    return measure(family, changes)._asdict()
+
+
+def combinations(
+    families: Mapping[str, Any], measured: Callable[[str, dict[str, Any]], dict[str, Any]]
+) -> Iterator[tuple[str, Any, list[dict[str, Any]]]]:
+    """(family, its flags, what was measured of each combination), on all cores."""
+    from tests.models.flag_products import products
+
+    # Processes that begin anew now and then: compiled programs pile up in them.
+    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=50) as pool:
+        for family, own in families.items():
+            found = []
+            every = [(family, changes) for changes in products(own)]
+            for row in pool.imap(functools.partial(starred, measured), every):
+                say((family, str(every[len(found)][1]), str(row)))
+                found.append(row)
+            yield family, own, found
+
+
+def starred(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
 
 
 def worst(found: list[dict[str, Any]], *more: str) -> tuple[str, ...]:
