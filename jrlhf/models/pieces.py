@@ -20,7 +20,7 @@ from jrlhf.models.match import VOCABULARY, At
 Bounds = tuple[tuple[int, int], ...]
 Places = Mapping[At, tuple[Weight, str]]
 # What the host holds of a device's part at a time; a larger part is joined on the device.
-_HELD = 128 * 2**20
+_HELD = 256 * 2**20
 
 
 def fill(

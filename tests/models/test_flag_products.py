@@ -32,12 +32,12 @@ def assert_within_bounds(found):
     assert found["reload"]
 
 
-@pytest.mark.parametrize(("family", "changes"), drawn(flag_products.DECODERS))
+@pytest.mark.parametrize(("family", "changes"), list(drawn(flag_products.DECODERS)))
 def test_flags_of_a_decoder_combine(family, changes):
     assert_within_bounds(measure(family, changes))
 
 
-@pytest.mark.parametrize(("family", "changes"), drawn(flag_products.ENCODERS))
+@pytest.mark.parametrize(("family", "changes"), list(drawn(flag_products.ENCODERS)))
 def test_flags_of_an_encoder_combine(family, changes):
     assert_within_bounds(encoder_cases.measure(family, changes)._asdict())
 
