@@ -57,7 +57,7 @@ class Size(NamedTuple):
 
 # The sizes of Llama 3.2 1B.
 FULL = Size(128256, 2048, 8192, 16, 32, 8, 500 * 10**6)
-QUICK = Size(16000, 1024, 4096, 10, 16, 4, 80 * 10**6)
+QUICK = Size(16000, 512, 2048, 20, 8, 2, 50 * 10**6)
 
 
 def write_checkpoint(directory: Path, size: Size) -> int:

@@ -270,7 +270,8 @@ class DecoderSpec:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
-        self.rope.check_pairs(self.head_dim)
+        for rope in filter(None, (self.rope, self.local_rope)):
+            rope.check_pairs(self.head_dim)
         turned = self.rope.turned(self.head_dim)
         if self.positions == "rotary" and self.head_dim % 2 and turned == self.head_dim:
             raise UnsupportedModelError(f"head_dim={self.head_dim} is odd; rotary needs pairs.")

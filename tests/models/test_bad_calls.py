@@ -136,6 +136,13 @@ def test_rotations_that_cannot_be(rope: dict[str, Any], says: str) -> None:
         spec_from_config(CONFIG | {"rope_parameters": rope})
 
 
+def test_both_rotations_of_a_model_are_looked_at() -> None:
+    short = {**LONG, "short_factor": [1.0], "long_factor": [1.0]}
+    ropes = {"full_attention": {"rope_type": "default"}, "sliding_attention": short}
+    with pytest.raises(ModelError, match="short_factor has 1 entries, expected 3"):
+        spec_from_config(CONFIG | {"model_type": "gemma3_text", "rope_parameters": ropes})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
