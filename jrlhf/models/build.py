@@ -359,10 +359,11 @@ class Net:
         lengths: Int[Array, " b"] | None,
     ) -> Context:
         """What all layers of a whole forward share."""
+        spec = self.spec
         if positions is None:
             positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
         long = None
-        if self.spec.rope.by_length:
+        if any(rope is not None and rope.by_length for rope in (spec.rope, spec.local_rope)):
             if segments is not None:
                 long = document_lengths(positions, segments)
             elif lengths is not None:

@@ -45,11 +45,13 @@ class LayerFlags(NamedTuple):
         window: keys that a query reads, its own included.
         rope: 0 the rotation, 1 the local one, -1 none.
         scale: factor on queries.
+        dense: a plain MLP in place of the experts.
     """
 
     window: Any = None
     rope: Any = None
     scale: Any = None
+    dense: Any = None
 
     def of(self, at: int | slice) -> LayerFlags:
         """Those of one layer, or of some."""
@@ -61,11 +63,13 @@ UNIFORM = LayerFlags()
 
 def layer_flags(spec: DecoderSpec) -> LayerFlags:
     """The flags of all layers, as numpy arrays."""
-    window = rope = scale = None
+    window = rope = scale = dense = None
     if any(spec.windows):
         window = np.array([w or np.iinfo(np.int32).max for w in spec.windows], np.int32)
     if any(spec.layer_ropes):
         rope = np.array(spec.layer_ropes, np.int32)
     if spec.attention_scale_by_layer:
         scale = (1.0 / np.arange(1, spec.num_hidden_layers + 1)).astype(np.float32)
-    return LayerFlags(window, rope, scale)
+    if spec.moe is not None and spec.moe.dense_layers:
+        dense = np.isin(np.arange(spec.num_hidden_layers), spec.moe.dense_layers)
+    return LayerFlags(window, rope, scale, dense)

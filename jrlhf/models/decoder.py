@@ -123,6 +123,9 @@ class Layer(nnx.Module):
             self.mlp_norm = Norm(spec, lead=lead)
         kind: type[Moe | Mlp] = Mlp if spec.moe is None else Moe
         self.mlp = kind(spec, keys, lead=lead)
+        if spec.moe is not None and spec.moe.dense_layers:
+            # Layers are alike in a scan: each has both, and runs one.
+            self.dense = Mlp(spec.replace(intermediate_size=spec.moe.dense_size), keys, lead=lead)
         if after:
             self.mlp_post_norm = Norm(spec, lead=lead, dtype="float32")
 
@@ -144,17 +147,24 @@ class Layer(nnx.Module):
             x = start = self.attn_post_norm(x) if self.block == "after" else x
         if self.block != "shared":
             h = self.mlp_norm(x) if before else x
-        routing = None
-        if isinstance(self.mlp, Moe):
-            y, routing = self.mlp(h, context.real)
-        else:
-            y = self.mlp(h)
+        y, routing = self._mlp(h, context, flags)
         y = self.mlp_post_norm(y) if after else y
         if self.block in ("parallel", "shared"):
             y = mixed + y
         x = start + self._scaled(y)
         x = self.mlp_post_norm(x) if self.block == "after" else x
         return constrain(x, ("batch", "sequence", None)), memory, routing
+
+    def _mlp(self, h: Array, context: Context, flags: LayerFlags) -> tuple[Array, Routing | None]:
+        """The experts, or one MLP, and where tokens went."""
+        if not isinstance(self.mlp, Moe):
+            return self.mlp(h), None
+        if flags.dense is None:
+            return self.mlp(h, context.real)
+        experts, none = self.mlp, None if context.real is None else self.mlp.nowhere()
+        return lax.cond(
+            flags.dense, lambda h: (self.dense(h), none), lambda h: experts(h, context.real), h
+        )
 
     def _scaled(self, y: Array) -> Array:
         return y if self.residual_scale == 1.0 else y * self.residual_scale

@@ -24,7 +24,7 @@ from jrlhf.models.encoder_attention import Reach, attend_both_ways
 from jrlhf.models.encoder_spec import EncoderSpec
 from jrlhf.models.heads import Readout
 from jrlhf.models.layers import Keys, Linear, Shape, add_bias, constant, normal, rms_norm
-from jrlhf.models.rope import Rotation, rotate, rotation
+from jrlhf.models.rope import Rotation, document_lengths, rotate, rotation
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -326,7 +326,10 @@ class Encoder(nnx.Module):
         """Hidden states of every token, float32."""
         spec = self.spec
         x = self.embed(ids, positions, types)
-        turn = functools.partial(rotation, positions, head_dim=spec.head_dim)
+        lengths = None
+        if any(rope is not None and rope.by_length for rope in (spec.rope, spec.local_rope)):
+            lengths = document_lengths(positions, segments)
+        turn = functools.partial(rotation, positions, head_dim=spec.head_dim, lengths=lengths)
         shared = Shared(
             segments,
             None if spec.rope is None else turn(rope=spec.rope),

@@ -154,6 +154,8 @@ class EncoderSpec:
         _known("classifier_pooling", self.pooling, POOLINGS)
         _known("dtype", self.dtype, DTYPES)
         _known("remat", self.remat, REMAT_POLICIES)
+        for rope in filter(None, (self.rope, self.local_rope)):
+            rope.check_pairs(self.head_dim)
         if self.local and len(self.local) != self.num_hidden_layers:
             raise UnsupportedModelError(
                 f"layer_types names {len(self.local)} layers, num_hidden_layers is "

@@ -260,14 +260,16 @@ class Norm(nnx.Module):
         self.eps, self.centred = spec.norm_eps, spec.norm == "layer"
         self.dtype = dtype or spec.dtype
         self.offset = float(spec.norm_plus_one)
-        self.has_bias = self.centred and spec.norm_bias
+        self.has_scale = spec.norm_scale
+        self.has_bias = self.centred and spec.norm_bias and spec.norm_scale
         shape = (spec.hidden_size,)
-        self.scale = constant(1.0 - self.offset, shape, lead=lead, axes=(None,))
+        if self.has_scale:
+            self.scale = constant(1.0 - self.offset, shape, lead=lead, axes=(None,))
         if self.has_bias:
             self.bias = constant(0.0, shape, lead=lead, axes=(None,))
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        scale = self.scale[...]
+        scale = self.scale[...] if self.has_scale else jnp.ones(x.shape[-1])
         scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
         if not self.centred:
             return rms_norm(x, scale, self.eps, self.dtype)

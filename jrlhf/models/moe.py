@@ -144,6 +144,11 @@ class Moe(nnx.Module):
         y = jnp.sum(back * weights[..., None], axis=1).reshape(x.shape)
         return y, None if real is None else _routing(probs, chosen, real.reshape(-1))
 
+    def nowhere(self) -> Routing:
+        """The routing of no token."""
+        none = jnp.zeros(self.moe.num_experts, jnp.float32)
+        return Routing(none, none, jnp.float32(0))
+
     def _gated(self, gate: Array, up: Array) -> Array:
         limit = self.moe.clamp
         if limit is None:

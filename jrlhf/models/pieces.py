@@ -95,9 +95,7 @@ def _read_part(
     for at in itertools.product(*(range(*bound) for bound in bounds[:stacked])):
         here = out[tuple(i - start for i, (start, _) in zip(at, bounds))]
         if at not in places:
-            # Only a norm's scale may be absent in a layer that has none: there it acts on nothing.
-            here[...] = 1.0
-            continue
+            continue  # a layer that has no such tensor: there it acts on nothing
         row, name = places[at]
         wanted = tuple(
             (start, min(stop, size))

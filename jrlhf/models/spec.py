@@ -127,6 +127,7 @@ class MoeSpec:
 
     Attributes:
         num_experts: experts of a layer, each a gated MLP of `intermediate_size` channels.
+        dense_layers: numbers of the layers that have one MLP of `dense_size` channels instead.
         experts_per_token: how many of them a token visits.
         normalize: divides the chosen experts' weights by their sum.
         router_bias: a bias on the router's logits.
@@ -145,8 +146,12 @@ class MoeSpec:
     clamp: float | None = None
     alpha: float = 1.702
     router_aux_loss_coef: float = 0.001
+    dense_layers: tuple[int, ...] = ()
+    dense_size: int = 0
 
     def __post_init__(self) -> None:
+        if self.dense_layers and self.dense_size < 1:
+            raise UnsupportedModelError(f"intermediate_size={self.dense_size} must be at least 1.")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise UnsupportedModelError(
                 f"num_experts_per_tok={self.experts_per_token} must lie between 1 and "
@@ -161,6 +166,7 @@ class DecoderSpec:
     Attributes:
         model_type: the Hugging Face family that names its weights and writes its config.
         norm: "rms" (a scale) or "layer" (LayerNorm: a scale and, with `norm_bias`, a bias).
+        norm_scale: False: norms have no parameters at all.
         norm_plus_one: the stored scale is one less than what multiplies (Gemma).
         block: where the norms stand. "pre": x + f(norm x); "post": x + norm f(x); "sandwich": both;
             "after": norm(x + f(x)); "parallel": x + attn(norm x) + mlp(norm' x); "shared": the same
@@ -214,6 +220,7 @@ class DecoderSpec:
     max_position_embeddings: int = 2048
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
+    norm_scale: bool = True
     norm_bias: bool = True
     norm_plus_one: bool = False
     block: str = "pre"
@@ -277,6 +284,12 @@ class DecoderSpec:
             raise UnsupportedModelError(f"head_dim={self.head_dim} is odd; rotary needs pairs.")
         if self.embedding_size < 0:
             raise UnsupportedModelError(f"embedding_size={self.embedding_size} is below 0.")
+        dense = self.moe.dense_layers if self.moe else ()
+        if not set(dense) < set(range(self.num_hidden_layers)):
+            raise UnsupportedModelError(
+                f"layers {sorted(dense)} of {self.num_hidden_layers} have a plain MLP: they must be"
+                " layers of the model, and one at least must have experts."
+            )
         for field in ("windows", "layer_ropes"):
             count = len(getattr(self, field))
             if count not in (0, self.num_hidden_layers):

@@ -102,6 +102,14 @@ CASES = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
             },
         },
+        "dynamic rope in windowed layers *": {
+            "sliding_window": 5, "layer_types": MIXED, "head_dim": 8,
+            "max_position_embeddings": 16,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": DYNAMIC,
+            },
+        },
         "final cap, biases": {
             "sliding_window": 7, "final_logit_softcapping": 3.0, "attention_bias": True,
             "head_dim": 8,
@@ -173,6 +181,7 @@ CASES = {
         "no final norm, wide embeddings": {
             "ffn_dim": 44, "_remove_final_layer_norm": True, "word_embed_proj_dim": 40,
         },
+        "norms without parameters": {"ffn_dim": 44, "layer_norm_elementwise_affine": False},
     },
     "mixtral": {
         "no window": EXPERTS,
@@ -184,6 +193,10 @@ CASES = {
             "sliding_window": 5, **WIDE,
         },
         "raw weights, biases": {**QWEN_EXPERTS, "attention_bias": True, "head_dim": 8},
+        "plain MLPs in some layers *": {
+            **QWEN_EXPERTS, "head_dim": 8, "mlp_only_layers": [0], "decoder_sparse_step": 2,
+            "intermediate_size": 36,
+        },
     },
     "gpt_oss": {
         "sinks, yarn, windows": {

@@ -20,12 +20,11 @@ import transformers
 from jrlhf.models.load import load_pretrained, save_pretrained
 from jrlhf.ops.logps import token_logps
 from tests.models.decoder_cases import BASE
+from tests.models.quick import quick_jit
 
 # Tiny matrices: a second thread only spins.
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
-# The same program, translated with less care: half the compile time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 PROMPTS, NEW = (21, 13), 64
 

@@ -19,10 +19,10 @@ import transformers
 from jrlhf.auto import AutoModelForSequenceClassification, Model
 from jrlhf.models.families import family_of
 from jrlhf.rollout.encode import right_padded
+from tests.models.decoder_cases import LONG, YARN
+from tests.models.quick import quick_jit
 
 LENGTHS = (21, 13, 4)
-# Run for a moment, compiled sixteen times: half of the time would be LLVM's optimiser.
-QUICKLY = {"xla_backend_optimization_level": 0}
 BASE = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -103,6 +103,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
             "classifier_activation": "silu",
             "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "ModernBERT: longrope in full layers, yarn in local ones, 3 labels": (
+        "ModernBert",
+        MODERNBERT
+        | {
+            "num_labels": 3,
+            "rope_parameters": {
+                "full_attention": {**LONG, "original_max_position_embeddings": 12},
+                "sliding_attention": YARN,
+            },
         },
     ),
     "DeBERTa-v3: shared keys, buckets, normed positions": ("DebertaV2", DEBERTA),
@@ -276,7 +287,7 @@ def measure(prefix: str, config: dict[str, Any]) -> Row:
 
     net = model.net
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @quick_jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params: Any, rows: dict[str, jax.Array], lengths: jax.Array) -> Any:
         hidden = net.hidden(params, **rows, lengths=lengths)

@@ -330,8 +330,8 @@ def test_what_is_too_long_or_of_no_known_type_is_refused(tmp_path: Path) -> None
         (MODERNBERT | {"layer_types": ["chunked"] * 4}, "chunked"),
         (MODERNBERT | {"classifier_pooling": "max"}, "classifier_pooling='max'"),
         (
-            MODERNBERT | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
-            "rope_type='yarn' of full_attention",
+            MODERNBERT | {"rope_parameters": {"full_attention": {"rope_type": "spiral"}}},
+            "rope_type='spiral'",
         ),
         (BERT | {"model_type": "bart"}, "model_type='bart'"),
     ],

@@ -38,10 +38,15 @@ FLAGS = {
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 500, "use_parallel_residual": False},
     "granite": {"logits_scaling": 49.0, "embedding_multiplier": 12.0},
     "llama": {"rope_parameters": {**YARN, "truncate": False}},
-    "opt": {"enable_bias": False, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+    "opt": {
+        "enable_bias": False,
+        "word_embed_proj_dim": 8,
+        "do_layer_norm_before": False,
+        "layer_norm_elementwise_affine": False,
+    },
     "phi3": {"rope_scaling": LONG, "original_max_position_embeddings": 16},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3_moe": {"use_sliding_window": True, "norm_topk_prob": True},
+    "qwen3_moe": {"use_sliding_window": True, "norm_topk_prob": True, "mlp_only_layers": [1, 2]},
     "smollm3": {"use_sliding_window": True, "rope_parameters": {**LONG, "factor": 2.0}},
 }
 
@@ -154,13 +159,13 @@ REFUSED = [
     ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ("gpt_oss", {"num_experts_per_tok": 6}, "num_experts_per_tok=6"),
     ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
-    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
     ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
     ("qwen2", {"use_sliding_window": True, "layer_types": ["chunked_attention"]}, "chunked"),
     ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "gemma3_text"),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-    ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
-    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "'qwen3'"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 0}, "intermediate_size=0"),
 ]
 
 
@@ -194,7 +199,7 @@ def test_old_configs_mean_the_same():
 
 def test_layers_alike_have_no_flags():
     plain = layer_flags(spec_from_config(config("llama")))
-    assert tuple(plain) == (None, None, None)
+    assert tuple(plain) == (None, None, None, None)
     mixed = layer_flags(spec_from_config(config("gemma2")))
     assert mixed.window.tolist() == [7, 2**31 - 1, 7, 2**31 - 1]
 

@@ -21,7 +21,6 @@ from tests.models.decoder_measure import (  # noqa: E402
     NEW,
     greedy_agreement,
     measure,
-    quick_jit,
     relative,
     reload,
     rows,
@@ -29,6 +28,7 @@ from tests.models.decoder_measure import (  # noqa: E402
     theirs,
     torch,
 )
+from tests.models.quick import quick_jit  # noqa: E402
 
 
 @pytest.mark.parametrize(("family", "flags"), NAMED)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jrlhf.errors import ConfigError
 from jrlhf.models.build import Net
 from jrlhf.models.families import DECODERS, spec_from_config
 from jrlhf.models.load import flatten
@@ -38,3 +39,12 @@ def test_an_adapter_on_every_linear_map_is_written_and_read_back(
     assert {f"{module}.weight" for module in modules} <= names
     written = files.assemble(leaves, plan, rows)
     assert len(written) == 3 * len(modules)
+
+
+def test_plain_mlps_between_experts_are_left_alone() -> None:
+    """PEFT takes their names for the experts' parameters, so no file could say them."""
+    base = Net(spec_from_config(config("qwen3_moe", mlp_only_layers=[1])))
+    plan = base.adapter(LoraConfig(target_modules="all-linear"))
+    assert {name.split(".")[3] for target in plan.targets for name in target.names} == {"self_attn"}
+    with pytest.raises(ConfigError, match="'gate_proj' is no linear map of this qwen3_moe"):
+        base.adapter(LoraConfig(target_modules=["q_proj", "gate_proj"]))

@@ -23,6 +23,11 @@ CONFIG = {
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.3,
 }  # fmt: skip
+QWEN = {
+    "model_type": "qwen3_moe", "num_experts": 4, "head_dim": 8, "moe_intermediate_size": 24,
+    "num_hidden_layers": 3, "intermediate_size": 20,
+}  # fmt: skip
+PLAIN = {"mlp_only_layers": [1]}
 MOES = {
     "normed": {},
     "raw, one expert each": {"normalize": False, "experts_per_token": 1},
@@ -103,8 +108,9 @@ def test_even_routing_has_the_smallest_balancing_loss():
     assert float(balancing_loss(nothing)) == 0
 
 
-def test_experts_cut_over_devices_give_the_same_states_and_gradients():
-    net = Net(spec_from_config(CONFIG))
+@pytest.mark.parametrize("changes", [{}, QWEN | PLAIN], ids=["all layers", "one layer has none"])
+def test_experts_cut_over_devices_give_the_same_states_and_gradients(changes):
+    net = Net(spec_from_config(CONFIG | changes))
     params = jax.jit(net.init)(jax.random.key(0))
     draw = np.random.default_rng(0)
     ids = draw.integers(0, 31, (4, 6)).astype(np.int32)
@@ -125,18 +131,26 @@ def test_experts_cut_over_devices_give_the_same_states_and_gradients():
     kernel = placed["layers"]["mlp"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == 1  # one expert per device
     _, one = run(None)
+    net = net.of(net.spec.replace(remat="full", trunk_layers=0))
+    _, again = run(make_mesh("data=2,expert=2,tensor=2"))
+    for got, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     for got, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_the_balancing_loss_and_its_gradient_equal_transformers(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mixtral", {}), ("gpt_oss", {}), ("qwen3_moe", QWEN), ("qwen3_moe", QWEN | PLAIN)],
+    ids=["mixtral", "gpt_oss", "qwen3_moe", "a plain MLP between experts"],
+)
+def test_the_balancing_loss_and_its_gradient_equal_transformers(family, changes, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     rest = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    values = {k: v for k, v in CONFIG.items() if k != "model_type"} | rest
+    values = {k: v for k, v in (CONFIG | changes).items() if k != "model_type"} | rest
     config = transformers.AutoConfig.for_model(family, **values)
     config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -159,3 +173,26 @@ def test_the_balancing_loss_and_its_gradient_equal_transformers(family, tmp_path
     assert float(loss) == pytest.approx(out.aux_loss.item(), abs=2e-6)
     ours = gradients["layers"]["mlp"]["router"]["kernel"][0]
     np.testing.assert_allclose(ours, weight, rtol=0, atol=1e-5 * np.abs(weight).max())
+
+
+def test_plain_mlps_between_experts_in_a_trunk_and_in_single_layers():
+    """However layers are held: frozen ones apart, or each alone, as in decoding."""
+    spec = spec_from_config(CONFIG | QWEN | PLAIN | {"num_hidden_layers": 4})
+    net, ids = Net(spec), np.arange(14).reshape(2, 7).astype(np.int32)
+    params = jax.jit(net.init)(jax.random.key(0))
+    whole = np.asarray(net.hidden(params, ids))
+    layers = params["layers"]
+    for frozen in (1, 2, 3):
+        cut = net.of(spec.replace(trunk_layers=frozen))
+        split = {
+            "trunk": jax.tree.map(lambda leaf: leaf[:frozen], layers),  # noqa: B023
+            "layers": jax.tree.map(lambda leaf: leaf[frozen:], layers),  # noqa: B023
+        }
+        np.testing.assert_allclose(cut.hidden({**params, **split}, ids), whole, atol=2e-6)
+    alone, _ = net.prefill(net.unstack(params), ids, np.array([7, 7]), cache_size=7)
+    np.testing.assert_allclose(alone, whole, atol=2e-6)
+    # A layer with a plain MLP: its experts' weights act on nothing, the other layers' do.
+    for layer, same in ((1, True), (2, False)):
+        wiped = jax.tree.map(lambda leaf: leaf.at[layer].set(0), layers["mlp"])  # noqa: B023
+        changed = net.hidden({**params, "layers": {**layers, "mlp": wiped}}, ids)
+        assert np.array_equal(changed, whole) is same

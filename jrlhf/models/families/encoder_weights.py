@@ -8,21 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from jrlhf.models.encoder_spec import EncoderSpec
-from jrlhf.models.families.weights import Path, Weight, matrix, vector
+from jrlhf.models.families.weights import Weight, matrix, vector
 
 Names = Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaterLayers(Weight):
-    """A layered tensor that the first layer does not have; our stack keeps its place at 1."""
-
-    def places(self, spec: Any) -> Iterator[tuple[str, Path, Any]]:
-        first = self.name.format(layer=0)
-        return (place for place in super().places(spec) if place[0] != first)
 
 
 def encoder_weights(spec: EncoderSpec, names: Names) -> tuple[Weight, ...]:
@@ -78,7 +68,8 @@ def _layer(spec: EncoderSpec, names: Names) -> Iterator[Weight]:
                 yield from _linear(f"layers.attn.{name}", names, d, heads, bias=True)
     yield from _linear("layers.attn.o", names, heads, d, bias=bias)
     for row in _norm("layers.attn_norm", names, *d, bias=spec.norm_bias):
-        yield LaterLayers(**vars(row)) if spec.pre_norm else row
+        later = tuple(range(1, spec.num_hidden_layers)) if spec.pre_norm else None
+        yield dataclasses.replace(row, layers=later)
     up = (2, *f) if spec.gated_mlp else f
     yield from _linear("layers.mlp.up", names, d, up, bias=spec.mlp_bias)
     yield from _linear("layers.mlp.down", names, f, d, bias=spec.mlp_bias)

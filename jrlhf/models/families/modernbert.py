@@ -9,6 +9,7 @@ from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.encoder_spec import EncoderSpec
 from jrlhf.models.families import encoder_config as configs
 from jrlhf.models.families.encoder_weights import encoder_weights
+from jrlhf.models.families.rope_config import one_rope, write_rope
 from jrlhf.models.families.weights import Weight
 from jrlhf.models.spec import RopeSpec
 
@@ -83,28 +84,25 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
 def _rope(config: Mapping[str, Any], kind: str) -> RopeSpec:
     """transformers 5 has `rope_parameters` per kind of layer, 4 a base per kind or one for both."""
     own = (config.get("rope_parameters") or {}).get(kind) or {}
-    scaling = (own.get("rope_type"), (config.get("rope_scaling") or {}).get("rope_type"))
-    if used := [name for name in scaling if name not in (None, "default")]:
-        raise UnsupportedModelError(f"rope_type={used[0]!r} of {kind} is not implemented.")
-    theta = own.get("rope_theta") or config.get(*_THETAS[kind])
-    return RopeSpec(rope_theta=float(theta or config.get(*_THETAS["full_attention"])))
+    base, first = config.get(*_THETAS[kind]), config.get(*_THETAS["full_attention"])
+    rest = {key: value for key, value in config.items() if key != "rope_theta"}
+    raw = {**own, **(config.get("rope_scaling") or {})}
+    return one_rope(raw, rest, default_theta=float(base or first))
 
 
 def write(spec: EncoderSpec) -> dict[str, Any]:
     """The keys of config.json that the spec decides; `read` of it gives the spec back."""
     assert spec.rope is not None and spec.local_rope is not None  # noqa: PT018
-    thetas = dict(zip(_THETAS, (spec.rope.rope_theta, spec.local_rope.rope_theta), strict=True))
+    ropes = dict(zip(_THETAS, (spec.rope, spec.local_rope), strict=True))
     config = configs.shared(spec, "ModernBertForSequenceClassification")
     config |= {key: getattr(spec, key) for key in _SIZES}
     config |= {key: getattr(spec, field) for key, field in _FLAGS.items()}
-    config |= {_THETAS[kind][0]: theta for kind, theta in thetas.items()}
+    config |= {_THETAS[kind][0]: rope.rope_theta for kind, rope in ropes.items()}
     # transformers 4 knows a full layer every so many only.
     config["global_attn_every_n_layers"] = [*spec.local[1:], False].index(False) + 1
     return config | {
         "layer_types": [_KINDS[local] for local in spec.local],
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()
-        },
+        "rope_parameters": {kind: write_rope(rope) for kind, rope in ropes.items()},
         "num_attention_heads": spec.num_attention_heads,
         "local_attention": 2 * spec.window,
         "norm_eps": spec.norm_eps,

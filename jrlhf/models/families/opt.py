@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jrlhf.errors import UnsupportedModelError
-from jrlhf.models.families.keys import classes, read_keys, refuse, write_keys
+from jrlhf.models.families.keys import classes, read_keys, write_keys
 from jrlhf.models.families.table import LLAMA_MODULES, Names, table
 from jrlhf.models.families.weights import Weight
 from jrlhf.models.spec import DecoderSpec
@@ -48,12 +48,7 @@ NAMES = Names(
 
 
 def read(config: Mapping[str, Any]) -> DecoderSpec:
-    """config.json -> spec, with OPTConfig's defaults.
-
-    Raises:
-        UnsupportedModelError: norms without parameters.
-    """
-    refuse(config, "layer_norm_elementwise_affine", (True,), "norms have a scale and a bias")
+    """config.json -> spec, with OPTConfig's defaults."""
     fields = read_keys(config, KEYS)
     width = int(config.get("word_embed_proj_dim") or fields["hidden_size"])
     if width < 1:
@@ -65,6 +60,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
         position_offset=2,
         norm="layer",
         norm_eps=1e-5,
+        norm_scale=bool(config.get("layer_norm_elementwise_affine", True)),
         block="pre" if before else "after",
         final_norm=before and not config.get("_remove_final_layer_norm"),
         embedding_size=0 if width == fields["hidden_size"] else width,
@@ -81,6 +77,7 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
     return config | {
         "word_embed_proj_dim": spec.head_size,
         "do_layer_norm_before": before,
+        "layer_norm_elementwise_affine": spec.norm_scale,
         "_remove_final_layer_norm": before and not spec.final_norm,
     }
 

@@ -1,15 +1,15 @@
-"""Qwen3-MoE: Qwen3 with routed experts in every layer."""
+"""Qwen3-MoE: Qwen3 with routed experts, mostly in every layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.families import qwen3
 from jrlhf.models.families.keys import (
     classes,
     read_keys,
-    refuse,
     window_of,
     with_defaults,
     write_keys,
@@ -43,11 +43,11 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
     """config.json -> spec, with Qwen3MoeConfig's defaults.
 
     Raises:
-        UnsupportedModelError: some layers have a plain MLP.
+        UnsupportedModelError: no layer has experts.
     """
-    refuse(config, "mlp_only_layers", ([], None, ()), "all layers have experts")
-    refuse(config, "decoder_sparse_step", (1,), "all layers have experts")
     windowed = config.get("use_sliding_window")
+    fields = read_keys(config, KEYS)
+    dense = _dense_layers(config, fields["num_hidden_layers"])
     return DecoderSpec(
         model_type="qwen3_moe",
         rope=read_rope(config),
@@ -59,9 +59,26 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
             experts_per_token=int(config.get("num_experts_per_tok", 8)),
             normalize=bool(config.get("norm_topk_prob", False)),
             router_aux_loss_coef=balance(config),
+            dense_layers=dense,
+            dense_size=int(config.get("intermediate_size", 6144)) if dense else 0,
         ),
-        **read_keys(config, KEYS),
+        **fields,
     )
+
+
+def _dense_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """The layers with a plain MLP: those named, and all but every so many."""
+    named, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
+    if not isinstance(step, int) or step < 1:
+        raise UnsupportedModelError(f"decoder_sparse_step={step!r} must be at least 1.")
+    # As in transformers, which does not mind names of layers that there are not.
+    dense = tuple(i for i in range(layers) if i in named or (i + 1) % step)
+    if len(dense) == layers:
+        raise UnsupportedModelError(
+            f"mlp_only_layers={list(named)} and decoder_sparse_step={step} leave none of {layers}"
+            " layers with experts: such a model is of model_type 'qwen3'."
+        )
+    return dense
 
 
 def write(spec: DecoderSpec) -> dict[str, Any]:
@@ -76,6 +93,9 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
         "num_experts_per_tok": spec.moe.experts_per_token,
         "router_aux_loss_coef": spec.moe.router_aux_loss_coef,
         "norm_topk_prob": spec.moe.normalize,
+        "mlp_only_layers": list(spec.moe.dense_layers),
+        "decoder_sparse_step": 1,
+        **({"intermediate_size": spec.moe.dense_size} if spec.moe.dense_layers else {}),
     }
 
 

@@ -23,6 +23,9 @@ LLAMA_MODULES = {
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
+    "dense.gate": "mlp.gate_proj",
+    "dense.up": "mlp.up_proj",
+    "dense.down": "mlp.down_proj",
 }
 
 
@@ -96,6 +99,8 @@ def _rows_of_vectors(path: Path, name: str, count: int, width: int) -> Weight:
 
 
 def _norm(spec: DecoderSpec, path: Path, name: str) -> list[Weight]:
+    if not spec.norm_scale:
+        return []
     rows = [vector((*path, "scale"), f"{name}.weight", spec.hidden_size)]
     if spec.norm == "layer" and spec.norm_bias:
         rows.append(vector((*path, "bias"), f"{name}.bias", spec.hidden_size))
@@ -121,7 +126,7 @@ def _layer(spec: DecoderSpec, names: Names) -> Iterator[Weight]:
         # Per expert the kernel has one axis less than ours, which is stacked over experts too.
         inputs, outputs = (inputs[1:], outputs[1:]) if "{expert}" in name else (inputs, outputs)
         own = None if part is None else dataclasses.replace(part, axis=int(names.conv1d))
-        yield matrix(
+        kernel = matrix(
             (*path, "kernel"),
             f"{name}.weight",
             *inputs,
@@ -130,8 +135,21 @@ def _layer(spec: DecoderSpec, names: Names) -> Iterator[Weight]:
             turned=not names.conv1d,
             part=own,
         )
+        layers = _layers(spec, ours)
+        yield dataclasses.replace(kernel, layers=layers)
         if bias:
-            yield vector((*path, "bias"), f"{name}.bias", *outputs, part=part)
+            row = vector((*path, "bias"), f"{name}.bias", *outputs, part=part)
+            yield dataclasses.replace(row, layers=layers)
+
+
+def _layers(spec: DecoderSpec, ours: str) -> tuple[int, ...] | None:
+    """The layers that have this map, None for all: experts and plain MLPs share them out."""
+    dense = spec.moe.dense_layers if spec.moe else ()
+    if not dense or ours.startswith("attn."):
+        return None
+    if ours.startswith("dense."):
+        return dense
+    return tuple(layer for layer in range(spec.num_hidden_layers) if layer not in dense)
 
 
 def _path(ours: str) -> Path:
@@ -175,6 +193,10 @@ def _linears(spec: DecoderSpec) -> dict[str, _Linear]:
         maps["mlp.router"] = _Linear(d, x, spec.moe.router_bias)
         maps["mlp.gate"] = maps["mlp.up"] = _Linear(x + d, x + f, bias)
         maps["mlp.down"] = _Linear(x + f, x + d, bias)
+        if spec.moe.dense_layers:
+            wide = (spec.moe.dense_size,)
+            maps["dense.gate"] = maps["dense.up"] = _Linear(d, wide, spec.mlp_bias)
+            maps["dense.down"] = _Linear(wide, d, spec.mlp_bias)
         return maps
     if spec.mlp == "gated":
         maps["mlp.gate"] = _Linear(d, f, spec.mlp_bias)

@@ -82,6 +82,7 @@ class Weight:
         groups: see the module docstring.
         part: which stripes of a fused tensor it is.
         optional: a checkpoint may lack it (a head that is new): it is then initialised.
+        layers: numbers of the layers that have it, None for all; our stack keeps the others' place.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Weight:
     groups: tuple[tuple[int, ...], ...]
     optional: bool = False
     part: Part | None = None
+    layers: tuple[int, ...] | None = None
 
     @property
     def layered(self) -> bool:
@@ -155,7 +157,7 @@ class Weight:
         if not self.layered:
             yield self.name, self.path, None
             return
-        for layer in range(spec.num_hidden_layers):
+        for layer in range(spec.num_hidden_layers) if self.layers is None else self.layers:
             path, at = self.path, layer - spec.trunk_layers
             if layer < spec.trunk_layers:
                 path, at = ("trunk", *self.path[1:]), layer

@@ -49,7 +49,10 @@ def tied_head(spec: DecoderSpec) -> str:
 
 
 def linears(spec: Any, module: nnx.Module) -> list[Linears]:
-    """Every linear map of a module (abstract is enough), under the names of its checkpoint."""
+    """Every linear map of a module (abstract is enough), under the names of its checkpoint.
+
+    But those that some layers lack: plain MLPs between experts, whose names PEFT takes for experts.
+    """
     found: list[Linears] = []
     first: dict[str, Path] = {}  # of the maps that are one in the checkpoint
     for row, places in weights(spec):
@@ -58,7 +61,7 @@ def linears(spec: Any, module: nnx.Module) -> list[Linears]:
             stacks.setdefault(path, []).append((at, name))
         for path, tensors in stacks.items():
             linear = _at(module, path[:-1])
-            if path[-1] != "kernel" or not isinstance(linear, Linear):
+            if path[-1] != "kernel" or not isinstance(linear, Linear) or row.layers is not None:
                 continue
             inputs, outputs = _sides(row, linear.inputs)
             order = [at for at, _ in tensors]
