@@ -18,28 +18,20 @@ import jax
 from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.model import Model as Model
 from jrlhf.model import ModelOutput as ModelOutput
-from jrlhf.models import hub
+from jrlhf.models import arguments, hub
+from jrlhf.models.adapter import read_adapter
 from jrlhf.models.attend import choose_for, named
-from jrlhf.models.build import linear_maps
-from jrlhf.models.build_encoder import net_of
+from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.families import CHOICES, spec_from_config
-from jrlhf.models.load import load_pretrained
+from jrlhf.models.load import Keep, load_pretrained
 from jrlhf.models.lora.config import base_of
-from jrlhf.models.quantize import asked_for, quantize
+from jrlhf.models.quantize import asked_for, quantizer
 from jrlhf.ops.layout import platform_of
 from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import params_shardings
 
-# Arguments of transformers' from_pretrained that have another name here, or none.
-_ELSEWHERE = {
-    "device_map": "give mesh={'fsdp': 4} instead",
-    "trust_remote_code": "jrlhf never runs code from a checkpoint",
-    "quantization_config": "give load_in_8bit=True (int8) or load_in_4bit=True (nf4)",
-}
-
-
 _OPTIONS = ("dtype", "mesh", "num_layers_unfrozen", "remat", "seed", "param_dtype",
-            "load_in_8bit", "load_in_4bit", "attn_implementation",
+            "load_in_8bit", "load_in_4bit", "attn_implementation", "revision",
             "pad_vocab_to_multiple_of")  # fmt: skip
 
 
@@ -56,7 +48,7 @@ class _Auto:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        *,
+        *by_place: Any,
         dtype: str = "float32",
         mesh: Any = None,
         num_layers_unfrozen: int = -1,
@@ -79,6 +71,7 @@ class _Auto:
                 `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter;
                 `attn_implementation`: "auto" (the platform's kernel), "xla", "cudnn", "splash", or
                 transformers' names;
+                `revision`: a branch, tag or commit of a model on the hub;
                 `pad_vocab_to_multiple_of`: rounds the vocabulary up so that a mesh divides it, with
                 rows that are no tokens.
 
@@ -87,15 +80,16 @@ class _Auto:
         Raises:
             MissingFileError, UnsupportedModelError, MissingWeightError, MeshError, ConfigError
         """
+        _refuse(by_place)
         dtype = _either_dtype(dtype, more)
         kind, attention = asked_for(more), named(more.pop("attn_implementation", None))
-        choices = cls._taken(more)
-        placed, adapter = as_mesh(mesh), None
-        base = base_of(hub.resolve(pretrained_model_name_or_path))
-        if base is not None:
-            adapter, pretrained_model_name_or_path = pretrained_model_name_or_path, base
+        name, adapter = pretrained_model_name_or_path, None
+        found = hub.resolve(name, revision=more.pop("revision", None))
+        if (base := base_of(found)) is not None:
+            adapter, name, found = found, base, hub.resolve(base)
+        choices, placed = cls._taken(more), as_mesh(mesh)
         net, params, source = load_pretrained(
-            pretrained_model_name_or_path,
+            found,
             dtype=dtype,
             param_dtype=_dtype(param_dtype),
             num_layers_unfrozen=num_layers_unfrozen,
@@ -104,26 +98,22 @@ class _Auto:
             platform=_platform(placed),
             shardings=None if placed is None else functools.partial(params_shardings, mesh=placed),
             key=_key(seed),
+            keeper=functools.partial(_keeper, kind=kind, adapter=adapter),
             **choices,
         )
-        if kind is not None:
-            params = quantize(params, linear_maps(net.spec), kind, dtype=dtype)
-            if placed is not None:  # the compiler may have left codes whole
-                params = jax.device_put(params, params_shardings(net, params, placed))
-        name = str(pretrained_model_name_or_path)
-        model = Model(net, params, source=source, mesh=placed, name_or_path=name)
+        if kind is not None and placed is not None:  # the compiler may have left codes whole
+            params = jax.device_put(params, params_shardings(net, params, placed))
+        model = Model(net, params, source=source, mesh=placed, name_or_path=str(name))
         return model if adapter is None else _with_adapter(model, adapter)
 
     @classmethod
     def _taken(cls, more: dict[str, Any]) -> dict[str, Any]:
         """What is left of `from_pretrained`'s arguments, for `load_pretrained`."""
-        extra = (*cls._extra, "pad_vocab_to_multiple_of")
-        for name in more.keys() - set(extra):
-            if name in _ELSEWHERE:
-                raise ConfigError(f"from_pretrained: {name} is not supported: {_ELSEWHERE[name]}.")
-            known = [*_OPTIONS, *cls._extra]
-            raise ConfigError(f"from_pretrained has no argument {name!r}.{suggest(name, known)}")
-        return {**cls._choices, **more}
+        own = (*cls._extra, "pad_vocab_to_multiple_of")
+        others = {name: value for name, value in more.items() if name not in own}
+        known = [*_OPTIONS, *cls._extra]
+        arguments.check("from_pretrained", others, arguments.FROM_PRETRAINED, known)
+        return {**cls._choices, **{name: value for name, value in more.items() if name in own}}
 
     @classmethod
     def from_config(
@@ -163,6 +153,21 @@ def _platform(mesh: jax.sharding.Mesh | None) -> str | None:
     return None if mesh is None else platform_of(mesh.devices.flat[0])
 
 
+def _refuse(by_place: tuple[Any, ...]) -> None:
+    if by_place:
+        raise ConfigError(
+            "from_pretrained takes one argument by place, the model; name the others. A config is"
+            f" not needed (got {type(by_place[0]).__name__}): config.json decides what a model is."
+        )
+
+
+def _keeper(net: AnyNet, *, kind: str | None, adapter: str | Path | None) -> Keep:
+    """What becomes of each leaf; before the first is read, whether the adapter fits."""
+    if adapter is not None:
+        read_adapter(net, adapter)
+    return (lambda path, leaf: leaf) if kind is None else quantizer(net.spec, kind)
+
+
 def _with_adapter(model: Model, directory: str | Path) -> Model:
     from jrlhf.peft import PeftModel
 
@@ -192,10 +197,12 @@ def _either_dtype(dtype: Any, more: dict[str, Any]) -> str:
 
 def _dtype(value: Any) -> str:
     """ "float32", jnp.float32, torch.float32 or np.dtype -> "float32"."""
-    name = getattr(value, "__name__", None) or str(value)
+    name = getattr(value, "__name__", None) or str(value or "auto")
     name = {"auto": "float32", "bf16": "bfloat16", "fp32": "float32"}.get(
         name.removeprefix("torch."), name.removeprefix("torch.")
     )
+    if name in ("float16", "fp16", "half"):
+        raise ConfigError(f"dtype={value!r} needs loss scaling: give bfloat16, of the same size.")
     if name not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype must be float32 or bfloat16, got {value!r}.")
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 
 from jrlhf.errors import ModelError
 from jrlhf.models import hub, vocabulary
+from jrlhf.models.arguments import CALL, COUNT, GENERATE, SAVE, check
 from jrlhf.models.build import Net, Params
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
-from jrlhf.models.families import config_from_spec
+from jrlhf.models.families import config_from_spec, family_of
 from jrlhf.models.halves import restack
+from jrlhf.models.hf.writer import export_config
 from jrlhf.models.load import Source, save_pretrained
 from jrlhf.models.spec import DecoderSpec
 from jrlhf.models.tokenizer import load_tokenizer
@@ -94,8 +97,11 @@ class Model:
         """A transformers config with this model's sizes."""
         from transformers import AutoConfig
 
-        origin = {} if self.source is None else dict(self.source.config)
-        values = {**origin, **config_from_spec(self.net.spec)}
+        origin = {} if self.source is None else self.source.config
+        spec = self.net.spec
+        values = export_config(
+            config_from_spec(spec), origin, classifier=spec.head != "causal", dtype=spec.dtype
+        )
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     @property
@@ -105,12 +111,12 @@ class Model:
             raise ModelError(f"{self.name_or_path} is an encoder: it scores texts, it writes none.")
         return self.net
 
-    def num_parameters(self) -> int:
+    def num_parameters(self, **others: Any) -> int:
         """Parameters of the model; padding of the vocabulary does not count."""
-        params = self.params
-        return sum(leaf.size for leaf in jax.tree.leaves(params)) - vocabulary.padded_entries(
-            self.net, params
-        )
+        check("num_parameters", others, COUNT, ())
+        spec = self.net.spec
+        rows = family_of(spec).weights(spec)
+        return sum(math.prod(row.shape) * len(list(row.places(spec))) for row in rows)
 
     def __call__(
         self,
@@ -118,6 +124,7 @@ class Model:
         attention_mask: Any = None,
         position_ids: Any = None,
         token_type_ids: Any = None,
+        **others: Any,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -129,7 +136,9 @@ class Model:
 
         Raises:
             ModelError: inputs of another shape, or out of the model's range.
+            ConfigError: an argument of transformers that is none here.
         """
+        check("model(...)", others, CALL, ("input_ids", "attention_mask", "position_ids"))
         # Looked at on the host: a check on the device would wait for it.
         ids = _ints(input_ids)
         if ids.ndim != 2:
@@ -167,12 +176,14 @@ class Model:
         repetition_penalty: float = 1.0,
         min_new_tokens: int = 0,
         pad_token_id: int | None = None,
+        **others: Any,
     ) -> np.ndarray:
         """Samples or decodes greedily; returns prompt and completion, padded at the end.
 
         `eos_token_id=None` takes the model's own, as transformers does; -1 never stops early. The
         other arguments are those of `rollout.generate.generate_like_transformers`.
         """
+        check("generate", others, GENERATE, ("max_new_tokens", "do_sample", "temperature"))
         if eos_token_id is None:
             eos_token_id = self.eos_token_ids or None
         elif eos_token_id == -1:
@@ -216,21 +227,18 @@ class Model:
         max_shard_size: str | int = "5GB",
         tokenizer: Any = None,
         keep_vocab_padding: bool = False,
+        **others: Any,
     ) -> None:
         """Writes safetensors, configs and tokenizer; transformers loads the same weights back.
 
         The arguments are those of `models.load.save_pretrained`.
         """
+        check("save_pretrained", others, SAVE, ("dtype", "max_shard_size", "tokenizer"))
         save_pretrained(
-            save_directory,
-            self.net,
-            self.params,
-            source=self.source,
-            tokenizer=tokenizer or self._tokenizer,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
+            save_directory, self.net, self.params, source=self.source, dtype=dtype,
+            tokenizer=tokenizer or self._tokenizer, max_shard_size=max_shard_size,
             keep_vocab_padding=keep_vocab_padding,
-        )
+        )  # fmt: skip
 
     def push_to_hub(
         self,

@@ -28,17 +28,18 @@ from jrlhf.auto import (
 from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.model import Model
 from jrlhf.models import hub
+from jrlhf.models.adapter import abstract, check_base, read_adapter
+from jrlhf.models.arguments import SAVE_ADAPTER, check
 from jrlhf.models.build import Net, Params, linear_maps
-from jrlhf.models.build_encoder import AnyNet, EncoderNet
+from jrlhf.models.build_encoder import AnyNet
 from jrlhf.models.hf.writer import write_json
-from jrlhf.models.load import flatten, nest, to_host
+from jrlhf.models.load import flatten, to_host
 from jrlhf.models.lora import files, tree
 from jrlhf.models.lora.config import (
     CONFIG_FILE,
     LoraConfig,
     as_config,
     base_of,
-    read_config,
     written_config,
 )
 from jrlhf.models.lora.plan import Adapter, names_of
@@ -85,15 +86,8 @@ class PeftModel(Model):
     def __init__(self, model: Model) -> None:
         if isinstance(model, PeftModel):
             raise ModelError("This model has adapters already: use its add_adapter, or merge them.")
-        if isinstance(model.net, EncoderNet):
-            raise ModelError(f"{model.name_or_path} is an encoder: adapters are for decoders.")
-        if model.net.spec.trunk_layers:
-            raise ConfigError(
-                "An adapter leaves the whole base frozen, so num_layers_unfrozen means nothing "
-                "beside it: leave it at -1. layers_to_transform chooses the layers to adapt."
-            )
         super().__init__(
-            model.net,
+            check_base(model.net, model.name_or_path),
             {**model.params, tree.KEY: {}},
             source=model.source,
             mesh=model.mesh,
@@ -140,7 +134,8 @@ class PeftModel(Model):
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *, seed: int = 0) -> None:
         """Adds a new adapter; it acts once `set_adapter` chooses it."""
         chosen = as_config(peft_config)
-        plan = self._plan(adapter_name, chosen)
+        self._unknown(adapter_name)
+        plan = self.net.adapter(chosen, name=adapter_name)
         params = self.params
         layout = self._layout(plan)
 
@@ -154,12 +149,9 @@ class PeftModel(Model):
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
     ) -> None:
         """Adds the adapter of a directory or hub id; see `from_pretrained`."""
-        directory = hub.resolve(model_id)
-        chosen = read_config(directory)
-        plan = self._plan(adapter_name, chosen, strict=False)
-        shapes = {path: leaf.shape for path, leaf in flatten(self._abstract(plan)).items()}
-        values = files.read(directory, plan, tree.weights(self.net.spec), shapes)
-        own = jax.device_put(nest(values), self._layout(plan))
+        self._unknown(adapter_name)
+        chosen, plan, values = read_adapter(self.net, model_id, adapter_name)
+        own = jax.device_put(values, self._layout(plan))
         self.is_trainable = is_trainable
         self._hold(adapter_name, chosen, plan, own)
 
@@ -244,7 +236,7 @@ class PeftModel(Model):
         dtype: str = "float32",
         selected_adapters: Sequence[str] | None = None,
         tokenizer: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Writes adapters as PEFT does: "default" here, others in directories of their names.
 
@@ -254,6 +246,8 @@ class PeftModel(Model):
             selected_adapters: names; None: all.
             tokenizer: written beside the adapter.
         """
+        known = ("dtype", "selected_adapters", "tokenizer")
+        check("save_pretrained", others, SAVE_ADAPTER, known)
         directory = Path(save_directory).expanduser()
         rows = tree.weights(self.net.spec)
         for name in self._plans if selected_adapters is None else selected_adapters:
@@ -281,18 +275,20 @@ class PeftModel(Model):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters of the active adapters, all parameters), counting no padding of ranks."""
-        params = self.params
-        rows = tree.weights(self.net.spec)
-        trained = 0
-        for plan in self.net.adapters:
-            leaves = flatten(params[tree.KEY][plan.name])
-            shapes = {path: leaf.shape for path, leaf in leaves.items()}
-            # By name: a fused tensor is made of several leaves.
-            file = files.tensors(plan, rows, shapes)
-            found = {tensor.name: tensor.row.hf_shape for tensor in file if not tensor.copied}
-            trained += sum(int(np.prod(shape)) for shape in found.values())
-        base = sum(leaf.size for leaf in jax.tree.leaves({**params, tree.KEY: {}}))
-        return trained, base + trained
+        trained = sum(map(self._size, self.net.adapters))
+        return trained, super().num_parameters() + trained
+
+    def num_parameters(self, **others: Any) -> int:
+        """Parameters of the base and of every adapter."""
+        return super().num_parameters(**others) + sum(map(self._size, self._plans.values()))
+
+    def _size(self, plan: Adapter) -> int:
+        leaves = flatten(self.params[tree.KEY][plan.name])
+        shapes = {path: leaf.shape for path, leaf in leaves.items()}
+        # By name: a fused tensor is made of several leaves.
+        file = files.tensors(plan, tree.weights(self.net.spec), shapes)
+        found = {tensor.name: tensor.row.hf_shape for tensor in file if not tensor.copied}
+        return sum(int(np.prod(shape)) for shape in found.values())
 
     def print_trainable_parameters(self) -> None:
         """Prints the two numbers, as PEFT does."""
@@ -304,21 +300,17 @@ class PeftModel(Model):
 
     # -------------------------------------------------------------- inside
 
-    def _plan(self, name: str, chosen: LoraConfig, *, strict: bool = True) -> Adapter:
+    def _unknown(self, name: str) -> None:
         if name in self._plans:
             raise ConfigError(f"There is an adapter {name!r} already: choose another name.")
-        return self.net.adapter(chosen, name=name, strict=strict)
-
-    def _abstract(self, plan: Adapter) -> Params:
-        return Net(self.net.spec, (plan,)).abstract()[tree.KEY][plan.name]
 
     def _layout(self, plan: Adapter) -> Any:
         """Shardings of an adapter's leaves: with the base's mesh, or on its device."""
         if self.mesh is None:
             one = jax.tree.leaves(self.params)[0].sharding
-            return jax.tree.map(lambda _: one, self._abstract(plan))
+            return jax.tree.map(lambda _: one, abstract(self.net, plan))
         net = Net(self.net.spec, (plan,))
-        held = {tree.KEY: {plan.name: self._abstract(plan)}}
+        held = {tree.KEY: {plan.name: abstract(self.net, plan)}}
         return params_shardings(net, held, self.mesh)[tree.KEY][plan.name]
 
     def _hold(self, name: str, chosen: LoraConfig, plan: Adapter, own: Params) -> None:
@@ -371,10 +363,9 @@ class _AutoPeft:
         `options` are those of the base's `from_pretrained`.
         """
         directory = hub.resolve(model_id)
-        base = base_of(directory)
-        if base is None:
+        if base_of(directory) is None:
             raise ModelError(f"{directory} is no adapter directory, or a whole model lies there.")
-        model = cls._base.from_pretrained(base, **options)
+        model = cls._base.from_pretrained(directory, **options).get_base_model()
         return PeftModel.from_pretrained(model, directory, adapter_name, is_trainable)
 
 

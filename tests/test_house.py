@@ -153,7 +153,7 @@ def test_the_safety_check_lets_pass(source: str) -> None:
 
 
 # Called by users alone.
-FOR_USERS = {"delete_adapter", "print_trainable_parameters", "num_parameters"}
+FOR_USERS = {"delete_adapter", "print_trainable_parameters"}
 
 
 def test_every_name_is_used() -> None:

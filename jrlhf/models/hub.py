@@ -15,7 +15,7 @@ _WEIGHT_FILES = ["*.safetensors"]
 _IGNORED = ["onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*/*"]
 
 
-def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
+def resolve(name_or_path: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
     """Finds a model's files, downloading them from the hub when it is no local path.
 
     `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and `HF_ENDPOINT` act as everywhere.
@@ -23,9 +23,10 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     Args:
         name_or_path: a directory, a .gguf or .npz file, or a hub id such as "org/model".
         weights: False fetches the tokenizer and configs only.
+        revision: a branch, tag or commit on the hub; None: its main branch.
 
     Raises:
-        ConfigError: neither text nor a path.
+        ConfigError: neither text nor a path, or a revision of what lies on this machine.
         MissingFileError: it is neither on this machine nor to be had from the hub.
     """
     if not isinstance(name_or_path, str | Path):
@@ -35,21 +36,27 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
         )
     path = Path(name_or_path).expanduser()
     if path.exists():
+        if revision not in (None, "main"):
+            raise ConfigError(f"revision={revision!r}: {path} lies here, and has no revisions.")
         return path
     name = str(name_or_path)
     looks_local = name.startswith((".", "~", "/")) or path.suffix in (".gguf", ".npz")
     if looks_local or not HUB_ID.fullmatch(name):
         raise MissingFileError(f"{name} does not exist (seen from {Path.cwd()}).")
-    return _download(name, weights=weights)
+    return _download(name, weights=weights, revision=revision)
 
 
-def _download(name: str, *, weights: bool) -> Path:
+def _download(name: str, *, weights: bool, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
     try:
         found = snapshot_download(
-            name, allow_patterns=wanted, ignore_patterns=_IGNORED, etag_timeout=10
+            name,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=_IGNORED,
+            etag_timeout=10,
         )
     except Exception as error:  # the client raises its own, httpx's and OSError's families
         raise MissingFileError(

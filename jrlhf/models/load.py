@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 Params = dict[str, Any]
 Keys = tuple[str, ...]
 Shardings = Callable[[AnyNet, Params], Any]
+# What becomes of a leaf, given its path.
+Keep = Callable[[Keys, jax.Array], Any]
 _READERS: dict[str, Callable[[Path], Checkpoint]] = {
     "hf": open_safetensors,
     "gguf": GGUFCheckpoint,
@@ -102,6 +104,7 @@ def load_pretrained(
     shardings: Shardings | None = None,
     key: jax.Array | None = None,
     pad_vocab_to_multiple_of: int = 1,
+    keeper: Callable[[AnyNet], Keep] | None = None,
 ) -> tuple[AnyNet, Params, Source]:
     """Loads a model from a directory, a hub id, a GGUF file or a glassllm directory.
 
@@ -119,6 +122,7 @@ def load_pretrained(
         shardings: (net, abstract params) -> tree of shardings; one device when None.
         key: randomness for new heads.
         pad_vocab_to_multiple_of: rounds the vocabulary up, with rows that are no tokens.
+        keeper: called with the net before any weight is read; gives what becomes of each leaf.
 
     Returns:
         The net, its params, and the model's origin (for `save_pretrained`).
@@ -126,7 +130,7 @@ def load_pretrained(
     Raises:
         MissingFileError: no such path or hub id.
         UnsupportedModelError: an architecture or flag that is not implemented.
-        ConfigError: the kernel does not run on the platform, or not this model.
+        ConfigError: the kernel does not run on the platform or this model; what `keeper` raises.
         MissingWeightError: one error that lists every missing, unexpected and misshapen tensor.
     """
     checkpoint = open_checkpoint(hub.resolve(name_or_path))
@@ -138,15 +142,17 @@ def load_pretrained(
         num_labels=spec.num_labels if num_labels is None else num_labels,
         vocab_padding=vocabulary.padding(spec.vocab_size, pad_vocab_to_multiple_of),
     )
-    spec = as_tied(checkpoint, attend.choose_for(spec, attention, platform))
-    net = net_of(spec)
-    names = match(checkpoint, spec)
-    abstract = net.abstract()
+    net = net_of(as_tied(checkpoint, attend.choose_for(spec, attention, platform)))
+    names, abstract = match(checkpoint, net.spec), net.abstract()
+    keep = (keeper or _as_it_is)(net)
     leaves = flatten((shardings or _one_device)(net, abstract))
-    filled = _fill_all(flatten(abstract), leaves, checkpoint, spec, names, param_dtype)
-    new = [path for path in leaves if path not in filled]
-    filled |= _draw(net, new, leaves, param_dtype, jax.random.key(0) if key is None else key)
+    filled = _fill_all(flatten(abstract), leaves, checkpoint, net.spec, names, param_dtype, keep)
+    filled |= _draw(net, [path for path in leaves if path not in filled], leaves, param_dtype, key)
     return net, nest(filled), Source.of(checkpoint)
+
+
+def _as_it_is(net: AnyNet) -> Keep:
+    return lambda path, leaf: leaf
 
 
 def _one_device(net: AnyNet, abstract: Params) -> Any:
@@ -161,15 +167,16 @@ def _fill_all(
     spec: AnySpec,
     names: Mapping[str, str],
     dtype: str,
-) -> dict[Keys, jax.Array]:
+    keep: Keep,
+) -> dict[Keys, Any]:
     """Every leaf that the checkpoint has; `names` are its tensors by our names for them."""
-    filled: dict[Keys, jax.Array] = {}
+    filled: dict[Keys, Any] = {}
     for path, leaf in abstract.items():
         places = {
             at: (row, names[name]) for row, name, at in places_of(spec, path) if name in names
         }
         if places or leaf.size == 0:
-            filled[path] = fill(leaf.shape, shardings[path], checkpoint, places, dtype)
+            filled[path] = keep(path, fill(leaf.shape, shardings[path], checkpoint, places, dtype))
     return filled
 
 
@@ -185,7 +192,7 @@ def _trunk_layers(unfrozen: int, layers: int) -> int:
 
 
 def _draw(
-    net: AnyNet, paths: list[Keys], shardings: Mapping[Keys, Any], dtype: str, key: jax.Array
+    net: AnyNet, paths: list[Keys], shardings: Mapping[Keys, Any], dtype: str, key: jax.Array | None
 ) -> dict[Keys, jax.Array]:
     """Initialises the leaves that no checkpoint tensor fills; the rest of `init` is dead code."""
     if not paths:
@@ -195,6 +202,7 @@ def _draw(
         leaves = flatten(net.init(key))
         return [leaves[path].astype(dtype) for path in paths]
 
+    key = jax.random.key(0) if key is None else key
     drawn = jax.jit(draw, out_shardings=[shardings[path] for path in paths])(key)
     return dict(zip(paths, drawn, strict=True))
 

@@ -1,8 +1,8 @@
 """A frozen base in eight or four bits (QLoRA), through qwix.
 
-Only the kernels of linear maps are quantised; each is dequantised where it is used, one layer at a
-time, and never trained. int8 has one scale per output and layer; nf4 one per block of up to 64
-inputs.
+Only the kernels of linear maps are quantised, experts' among them; each is dequantised where it is
+used, one layer at a time, and never trained. int8 has one scale per output and layer; nf4 one per
+block of up to 64 inputs. A leaf is quantised as soon as it is read.
 
 References:
     Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
@@ -11,17 +11,22 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from jrlhf.errors import ConfigError, MissingFileError
-from jrlhf.models.lora.plan import Linears
-from jrlhf.models.lora.tree import get, with_entry
+from jrlhf.models.decoder import Decoder
+from jrlhf.models.encoder_spec import AnySpec
+from jrlhf.models.layers import Linear
+from jrlhf.models.moe import ExpertMap
+from jrlhf.models.spec import DecoderSpec
 
+Path = tuple[str, ...]
 KINDS = ("int8", "nf4")
 # Inputs that share a scale of nf4; fewer where 64 does not divide them.
 BLOCK = 64
@@ -53,28 +58,52 @@ def holds_quantized(params: Any) -> bool:
     return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
 
 
-def quantize(params: Any, linears: Sequence[Linears], kind: str, *, dtype: str) -> Any:
-    """The tree with the kernels of its linear maps quantised; the other leaves are shared.
+def quantizer(spec: AnySpec, kind: str) -> Callable[[Path, Array], Any]:
+    """What becomes of each leaf of a base as it is read: kernels are quantised, others kept.
+
+    Scales, and so what a kernel is dequantised to, have the spec's compute type.
 
     Args:
-        params: the base.
-        linears: `build.linear_maps` of its spec.
+        spec: of the base.
         kind: "int8" or "nf4".
-        dtype: of the scales, and so of what a kernel is dequantised to: the compute type.
 
     Raises:
-        ConfigError: another kind.
+        ConfigError: another kind, or the model is an encoder.
         MissingFileError: qwix is not installed.
     """
     if kind not in KINDS:
         raise ConfigError(f"A base can be quantised to {' or '.join(KINDS)}, not {kind!r}.")
+    if not isinstance(spec, DecoderSpec):
+        raise ConfigError(
+            f"A {spec.model_type} model is an encoder: load_in_8bit and load_in_4bit are for"
+            " decoders below an adapter. Leave them out; param_dtype='bfloat16' halves its memory."
+        )
     _qwix()
-    for linear in linears:
-        path = (*linear.path, "kernel")
-        stack, inputs = int(linear.stacked), len(linear.inputs)
-        codes = _quantize(get(params, path), kind, stack, inputs, dtype)
-        params = with_entry(params, path, Quantized(codes))
-    return params
+    kernels, dtype = _kernels(spec), spec.dtype
+
+    def keep(path: Path, leaf: Array) -> Any:
+        if path not in kernels:
+            return leaf
+        codes = _quantize(leaf, kind, *kernels[path], dtype)
+        # The leaf itself is of no use any more: the next one may need its room.
+        jax.block_until_ready(codes)
+        return Quantized(codes)
+
+    return keep
+
+
+def _kernels(spec: DecoderSpec) -> dict[Path, tuple[int, tuple[int, ...]]]:
+    """{path: (axes that stack it, axes of one that are summed)} of what is quantised."""
+    found: dict[Path, tuple[int, tuple[int, ...]]] = {}
+    module = nnx.eval_shape(lambda: Decoder(spec, jax.random.key(0)))
+    for path, part in nnx.iter_modules(module):
+        keys = (*map(str, path), "kernel")
+        stack = int(keys[0] in ("trunk", "layers"))
+        if isinstance(part, Linear):
+            found[keys] = stack, tuple(range(part.inputs))
+        elif isinstance(part, ExpertMap):
+            found[keys] = stack, (1,)
+    return found
 
 
 def dense(params: Any) -> Any:
@@ -97,23 +126,24 @@ def asked_for(options: dict[str, Any]) -> str | None:
     return "int8" if eight else "nf4" if four else None
 
 
-def _quantize(kernel: Array, kind: str, stack: int, inputs: int, dtype: str) -> Any:
-    """Quantises one (stack of) kernels [stack..., inputs..., outputs...], one layer at a time."""
-    qwix, last = _qwix(), inputs - 1
-    outputs = tuple(range(inputs, kernel.ndim - stack))
+def _quantize(kernel: Array, kind: str, stack: int, inputs: tuple[int, ...], dtype: str) -> Any:
+    """Quantises one kernel, or each of a stack; `inputs` are the axes of one that are summed."""
+    qwix, last = _qwix(), inputs[-1]
+    rank = kernel.ndim - stack
 
     def one(layer: Array) -> Any:
         layer = layer.astype(jnp.float32)
         if kind == "int8":
+            kept = tuple(axis for axis in range(rank) if axis not in inputs)
             return qwix.quantize(
-                layer, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.dtype(dtype)
+                layer, jnp.int8, channelwise_axes=kept, scale_dtype=jnp.dtype(dtype)
             )
         size = layer.shape[last]
         block = next(n for n in range(min(BLOCK, size), 0, -1) if size % n == 0)
         return qwix.quantize(
             layer,
             "nf4",
-            channelwise_axes=(*range(last), *outputs),
+            channelwise_axes=tuple(axis for axis in range(rank) if axis != last),
             tiled_axes={last: block},
             scale_dtype=jnp.dtype(dtype),
         )

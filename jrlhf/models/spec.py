@@ -152,6 +152,8 @@ class MoeSpec:
     def __post_init__(self) -> None:
         if self.dense_layers and self.dense_size < 1:
             raise UnsupportedModelError(f"intermediate_size={self.dense_size} must be at least 1.")
+        if self.num_experts < 1:
+            raise UnsupportedModelError(f"num_experts={self.num_experts} must be at least 1.")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise UnsupportedModelError(
                 f"num_experts_per_tok={self.experts_per_token} must lie between 1 and "

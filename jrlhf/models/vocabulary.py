@@ -35,12 +35,6 @@ def padding(size: int, multiple: int) -> int:
     return -size % multiple
 
 
-def padded_entries(net: AnyNet, params: Params) -> int:
-    """How many entries of the params are padding."""
-    leaves = [params[group][name] for group, name in VOCABULARY if name in params.get(group, {})]
-    return sum(leaf.size // net.spec.vocab_rows * net.spec.vocab_padding for leaf in leaves)
-
-
 def resized(
     net: AnyNet, params: Params, size: int, *, multiple: int, at_mean: bool, key: Array
 ) -> tuple[AnyNet, Params]:

@@ -255,3 +255,73 @@ def test_a_large_part_is_joined_on_its_device(
         jax.tree.map(np.testing.assert_array_equal, made.params, whole.params)
         # A row of the first axis is the least: here a layer of the MLP.
         assert max(largest) <= max(1000, 4 * 16 * 24)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"subfolder": "x"}, "subfolder is not supported: give the directory itself"),
+        ({"token": "x"}, "HF_TOKEN"),
+        ({"config": {}}, "from_config"),
+        ({"device_map": "auto"}, "mesh="),
+        ({"trust_remote_code": True}, "never runs code"),
+        ({"quantization_config": {}}, "load_in_8bit=True"),
+        ({"num_labels": 2}, "AutoModelForSequenceClassification"),
+        ({"problem_type": "regression"}, "the trainer's loss decides"),
+        ({"dtype": "float16"}, "give bfloat16"),
+        ({"revision": "v2"}, "revision='v2': .* lies here, and has no revisions"),
+        ({"remta": "full"}, "has no argument 'remta'. Did you mean \"remat\""),
+    ],
+)
+def test_arguments_of_from_pretrained_that_are_none_say_what_to_write(
+    directory: Path, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        AutoModelForCausalLM.from_pretrained(directory, **fields)
+
+
+def test_a_config_by_place_is_not_taken_for_something_else(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="one argument by place"):
+        AutoModelForCausalLM.from_pretrained(directory, CONFIG)
+
+
+def test_arguments_that_ask_for_what_happens_anyway_are_taken(directory: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, device_map=None, trust_remote_code=False, quantization_config=None, dtype=None,
+        low_cpu_mem_usage=True, use_safetensors=True, use_cache=False, revision=None, token=None,
+        subfolder="", output_loading_info=False,
+    )  # fmt: skip
+    ids = np.ones((1, 3), np.int32)
+    plain = model(ids, labels=None, use_cache=False, return_dict=True).logits
+    np.testing.assert_array_equal(plain, model(ids).logits)
+    model.generate(ids, max_new_tokens=1, num_beams=1, use_cache=True, generation_config=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, ids: m.generate(ids, num_beams=4), "no beam search: decode greedily"),
+        (lambda m, ids: m.generate(ids, max_length=9), "give max_new_tokens"),
+        (lambda m, ids: m.generate(ids, generation_config=object()), "give its fields"),
+        (lambda m, ids: m.generate(ids, max_new_token=9), 'Did you mean "max_new_tokens"'),
+        (lambda m, ids: m(ids, labels=ids), "a loss is a trainer's"),
+        (lambda m, ids: m(ids, foo=1), "has no argument 'foo'"),
+        (lambda m, ids: m.save_pretrained("x", safe_serialization=False), "nothing but safetens"),
+        (lambda m, ids: m.num_parameters(only_trainable=True), "get_nb_trainable_parameters"),
+    ],
+)
+def test_arguments_of_calls_that_are_none_say_what_to_write(
+    model: Any, call: Any, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        call(model, np.ones((1, 3), np.int32))
+
+
+def test_names_of_labels_stay(tmp_path: Path) -> None:
+    names = {"0": "bad", "1": "ok", "2": "good"}
+    config = CONFIG | {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"id2label": names}))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert list(model.config.id2label.values()) == ["bad", "ok", "good"]

@@ -333,6 +333,11 @@ def test_what_is_too_long_or_of_no_known_type_is_refused(tmp_path: Path) -> None
             MODERNBERT | {"rope_parameters": {"full_attention": {"rope_type": "spiral"}}},
             "rope_type='spiral'",
         ),
+        (MODERNBERT | {"rope_parameters": {"rope_type": "linear"}}, "has rope_type: give a dict"),
+        (
+            MODERNBERT | {"rope_scaling": {"sliding_attention": {"rope_type": "linear"}}},
+            "'linear' needs factor",
+        ),
         (BERT | {"model_type": "bart"}, "model_type='bart'"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -152,6 +152,8 @@ def test_what_widens_embeddings_is_frozen_with_them():
 REFUSED = [
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
+    ("gemma3_text", {"rope_parameters": {"rope_type": "spiral"}}, "has rope_type: give a dict"),
+    ("gemma3_text", {"rope_parameters": {"full": {"rope_type": "linear"}}}, "has full: give"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
     ("gptj", {"rotary_dim": None}, "rotary_dim=None"),
@@ -165,6 +167,10 @@ REFUSED = [
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "'qwen3'"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    ("qwen3_moe", {"decoder_sparse_step": 2.5}, "decoder_sparse_step=2.5 must be a whole number"),
+    ("qwen3_moe", {"mlp_only_layers": 0}, "mlp_only_layers=0 must be numbers of layers"),
+    ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+    ("qwen3_moe", {"num_experts": 0, "num_local_experts": None}, "num_experts=0"),
     ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 0}, "intermediate_size=0"),
 ]
 

@@ -28,6 +28,15 @@ def test_a_model_comes_from_the_hub_by_name(
     assert sorted(standin_hub.sent) == sorted(files)
 
 
+def test_a_revision_is_asked_for(hf_directory: HFDirectory, standin_hub: StandInHub) -> None:
+    origin, _ = hf_directory()
+    files = {path.name: path.read_bytes() for path in origin.iterdir()}
+    standin_hub.files["someone/tiny-llama"] = files
+    model = AutoModelForCausalLM.from_pretrained("someone/tiny-llama", revision="v2")
+    assert (model.source.path.parents[1] / "refs" / "v2").is_file()
+    assert model.name_or_path == "someone/tiny-llama"
+
+
 def test_a_name_that_the_hub_does_not_have_is_named(standin_hub: StandInHub) -> None:
     with pytest.raises(MissingFileError, match=r"someone/typo.*could not be had") as caught:
         AutoModelForCausalLM.from_pretrained("someone/typo")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.auto import Model
+from jrlhf.auto import AutoModelForCausalLM, Model
 from jrlhf.errors import (
     ConfigError,
     MissingFileError,
@@ -21,10 +21,11 @@ from jrlhf.errors import (
     UnsupportedFieldError,
 )
 from jrlhf.models.build import Net, combine, partition
+from jrlhf.models.hf.reader import SafetensorsCheckpoint
 from jrlhf.models.lora.config import LoraConfig
 from jrlhf.models.lora.tree import get
 from jrlhf.models.spec import DecoderSpec
-from jrlhf.peft import PeftModel, get_peft_model
+from jrlhf.peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
 SPEC = DecoderSpec(
     vocab_size=23,
@@ -308,6 +309,31 @@ def test_files_that_do_not_fit_are_named(base: Model, adapted: PeftModel, tmp_pa
         PeftModel.from_pretrained(base, tmp_path)
     with pytest.raises(MissingFileError, match="not an adapter directory"):
         PeftModel.from_pretrained(base, tmp_path.parent)
+
+
+def test_an_adapter_is_checked_before_a_weight_of_its_base_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Model(NET, jax.jit(NET.init)(jax.random.key(0)))
+    whole.save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(loaded, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "fits")
+    adapted.save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_model.safetensors").unlink()
+    asked: list[str] = []
+    read = SafetensorsCheckpoint.read
+    monkeypatch.setattr(
+        SafetensorsCheckpoint, "read", lambda *given: (asked.append(given[1]), read(*given))[1]
+    )
+    with pytest.raises(MissingFileError, match="has no adapter_model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    for factory in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        with pytest.raises(ConfigError, match="num_layers_unfrozen means nothing"):
+            factory.from_pretrained(tmp_path / "fits", num_layers_unfrozen=1)
+    assert not asked
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "fits", adapter_name="own")
+    assert asked
 
 
 def test_a_model_cannot_have_adapters_over_adapters_or_over_a_trunk(adapted: PeftModel) -> None:

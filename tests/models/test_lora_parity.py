@@ -188,6 +188,65 @@ def test_peft_and_jrlhf_load_each_others_adapters(
     close(logits_and_gradient(born, weights)[0], expected, "logits of ours in PEFT")
 
 
+MOE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+       "num_key_value_heads": 2, "head_dim": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
+       "initializer_range": 0.3, "attn_implementation": "eager"}  # fmt: skip
+QWEN = {"num_experts": 4, "moe_intermediate_size": 12, "intermediate_size": 20}
+EXPERTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "Mixtral: experts and router": (
+        "Mixtral", {"num_local_experts": 4, "intermediate_size": 12}, ["experts", "gate"],
+    ),
+    "Qwen3-MoE: experts": ("Qwen3Moe", QWEN, ["experts"]),
+    "Qwen3-MoE with a plain MLP: router": ("Qwen3Moe", QWEN | {"mlp_only_layers": [1]}, ["gate"]),
+    "Qwen3-MoE with a plain MLP: experts": (
+        "Qwen3Moe", QWEN | {"mlp_only_layers": [1]}, ["experts"],
+    ),
+    "GPT-OSS: experts and router": (
+        "GptOss", {"num_local_experts": 4, "intermediate_size": 12}, ["experts", "router"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sizes", "saved"), EXPERTS.values(), ids=EXPERTS.keys())
+def test_routers_and_experts_are_trained_whole_as_in_peft(
+    name: str, sizes: dict[str, Any], saved: list[str], tmp_path: Path
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**MOE, **sizes)
+    config._experts_implementation = "eager"
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path / "base")
+    fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"], "modules_to_save": saved}
+
+    def base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", attn_implementation="eager", experts_implementation="eager"
+        )
+
+    model = peft.get_peft_model(base(), peft.LoraConfig(**fields, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    net, params, source = load_pretrained(tmp_path / "base")
+    plain = Model(net, params, source=source)
+    ours = PeftModel.from_pretrained(plain, tmp_path / "theirs")
+    expected = model.double()(torch.tensor(IDS)).logits.detach()
+    close(ours(IDS).logits, expected, "logits of PEFT's adapter here")
+    assert ours.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    ours.save_pretrained(tmp_path / "ours")
+    first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in
+                     ("theirs", "ours"))  # fmt: skip
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval().double()
+    close(ours(IDS).logits, back(torch.tensor(IDS)).logits.detach(), "logits of ours in PEFT")
+
+
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Weights that are one in the checkpoint and several maps here: one A, and a part of B for each.
 FUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

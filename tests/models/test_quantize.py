@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.auto import AutoModelForCausalLM, Model
+from jrlhf.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, Model
 from jrlhf.errors import ConfigError, ModelError
-from jrlhf.models.build import Net, combine, linear_maps, partition
-from jrlhf.models.quantize import dense, holds_quantized, quantize
+from jrlhf.models.build import Net, combine, partition
+from jrlhf.models.load import flatten, nest
+from jrlhf.models.quantize import dense, holds_quantized, is_quantized, quantizer
 from jrlhf.models.spec import DecoderSpec
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
 from jrlhf.sharding.mesh import make_mesh
@@ -40,7 +41,8 @@ def base() -> Model:
 @pytest.fixture(scope="module", params=["int8", "nf4"])
 def low(request: pytest.FixtureRequest, base: Model) -> tuple[str, PeftModel]:
     """The base quantised, and an adapter on it."""
-    params = quantize(base.params, linear_maps(SPEC), request.param, dtype="float32")
+    keep = quantizer(SPEC, request.param)
+    params = nest({path: keep(path, leaf) for path, leaf in flatten(base.params).items()})
     chosen = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     return request.param, get_peft_model(Model(NET, params), chosen)
 
@@ -108,7 +110,7 @@ def test_a_quantised_base_is_loaded_and_never_saved(tmp_path: Path, base: Model)
     with pytest.raises(ConfigError, match="give one of them"):
         AutoModelForCausalLM.from_pretrained(tmp_path, load_in_8bit=True, load_in_4bit=True)
     with pytest.raises(ConfigError, match="int8 or nf4, not 'int3'"):
-        quantize(base.params, linear_maps(SPEC), "int3", dtype="float32")
+        quantizer(SPEC, "int3")
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128
 
 
@@ -137,3 +139,48 @@ def test_a_mesh_cuts_the_codes_and_changes_no_number(
         found.append(jax.device_get((model(IDS).logits, gradient)))
     for one, other in zip(*(jax.tree.leaves(f) for f in found), strict=True):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("kind", ["load_in_8bit", "load_in_4bit"])
+def test_experts_and_plain_mlps_between_them_are_quantised_too(kind: str, tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen3_moe", "vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 20,
+        "mlp_only_layers": [1], "initializer_range": 0.3,
+    }  # fmt: skip
+    exact = AutoModelForCausalLM.from_config(config)
+    exact.save_pretrained(tmp_path)
+    low = AutoModelForCausalLM.from_pretrained(tmp_path, **{kind: True})
+    layers = low.params["layers"]
+    for group in ("attn", "mlp", "dense"):
+        kernels = {name: part["kernel"] for name, part in layers[group].items() if "kernel" in part}
+        held = {name for name, kernel in kernels.items() if is_quantized(kernel)}
+        assert held == kernels.keys() - {"router"}
+    assert low.num_parameters() == exact.num_parameters()
+    plain = np.asarray(Model(low.net, dense(low.params))(IDS).logits)
+    np.testing.assert_allclose(low(IDS).logits, plain, atol=2e-6 * np.abs(plain).max())
+    # And sampling, whose layers are single ones.
+    tokens = low.generate(IDS, max_new_tokens=4, eos_token_id=-1)
+    again = Model(low.net, dense(low.params)).generate(IDS, max_new_tokens=4, eos_token_id=-1)
+    np.testing.assert_array_equal(tokens, again)
+    # An expert's weight is within a step of what it was.
+    gate, rounded = (np.asarray(m.params["layers"]["mlp"]["gate"]["kernel"][...])[0]
+                     for m in (exact, low))  # fmt: skip
+    step = np.abs(gate).max(axis=1, keepdims=True) * (1 / 254 if "8" in kind else 0.152)
+    assert np.all(np.abs(gate - rounded) <= step * 1.001)
+    # A mesh that cuts the experts.
+    many = AutoModelForCausalLM.from_pretrained(tmp_path, mesh="data=2,expert=4", **{kind: True})
+    codes = many.params["layers"]["mlp"]["gate"]["kernel"].codes.qvalue
+    assert codes.addressable_shards[0].data.shape[1] == 1
+    np.testing.assert_allclose(many(IDS).logits, plain, atol=1e-5 * np.abs(plain).max())
+
+
+def test_a_quantised_encoder_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    config = {
+        "model_type": "bert", "vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 16,
+    }  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="bert model is an encoder: load_in_8bit"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, load_in_4bit=True)

@@ -17,7 +17,7 @@ from jrlhf.models.families.keys import (
     with_defaults,
     write_keys,
 )
-from jrlhf.models.families.rope_config import one_rope, write_rope
+from jrlhf.models.families.rope_config import by_layer_type, one_rope, write_rope
 from jrlhf.models.spec import DecoderSpec
 
 KEYS = with_defaults(gemma2.KEYS, vocab_size=262208, max_position_embeddings=131072)
@@ -54,10 +54,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _ropes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The rotations of full and of windowed layers, from the keys of transformers 5 or 4."""
-    given = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    if isinstance(scaling.get(FULL), Mapping):  # what some exports write there
-        given, scaling = {**given, **scaling}, {}
+    given, scaling = by_layer_type(config)
     theta = config.get("rope_theta") or 1e6
     local_theta = config.get("rope_local_base_freq") or 1e4
     full = {**(given.get(FULL) or {}), **scaling}

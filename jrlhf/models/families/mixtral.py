@@ -42,7 +42,8 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
 
 def experts(config: Mapping[str, Any], default: int) -> int:
     """How many there are, under either of its two names."""
-    return int(config.get("num_local_experts") or config.get("num_experts") or default)
+    found = (config.get(key) for key in ("num_local_experts", "num_experts"))
+    return int(next((count for count in found if count is not None), default))
 
 
 def balance(config: Mapping[str, Any]) -> float:

@@ -9,7 +9,7 @@ from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.encoder_spec import EncoderSpec
 from jrlhf.models.families import encoder_config as configs
 from jrlhf.models.families.encoder_weights import encoder_weights
-from jrlhf.models.families.rope_config import one_rope, write_rope
+from jrlhf.models.families.rope_config import by_layer_type, one_rope, write_rope
 from jrlhf.models.families.weights import Weight
 from jrlhf.models.spec import RopeSpec
 
@@ -83,10 +83,10 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
 
 def _rope(config: Mapping[str, Any], kind: str) -> RopeSpec:
     """transformers 5 has `rope_parameters` per kind of layer, 4 a base per kind or one for both."""
-    own = (config.get("rope_parameters") or {}).get(kind) or {}
+    given, scaling = by_layer_type(config)
     base, first = config.get(*_THETAS[kind]), config.get(*_THETAS["full_attention"])
     rest = {key: value for key, value in config.items() if key != "rope_theta"}
-    raw = {**own, **(config.get("rope_scaling") or {})}
+    raw = {**(given.get(kind) or {}), **scaling}
     return one_rope(raw, rest, default_theta=float(base or first))
 
 

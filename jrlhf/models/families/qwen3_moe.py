@@ -68,9 +68,14 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """The layers with a plain MLP: those named, and all but every so many."""
-    named, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
-    if not isinstance(step, int) or step < 1:
-        raise UnsupportedModelError(f"decoder_sparse_step={step!r} must be at least 1.")
+    named, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
+    named = [] if named is None else named
+    if not isinstance(named, list | tuple) or not all(type(i) is int for i in named):
+        raise UnsupportedModelError(f"mlp_only_layers={named!r} must be numbers of layers.")
+    if type(step) is not int or step < 1:
+        raise UnsupportedModelError(
+            f"decoder_sparse_step={step!r} must be a whole number of at least 1."
+        )
     # As in transformers, which does not mind names of layers that there are not.
     dense = tuple(i for i in range(layers) if i in named or (i + 1) % step)
     if len(dense) == layers:

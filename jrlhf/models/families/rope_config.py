@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jrlhf.errors import UnsupportedModelError
+from jrlhf.models.families.keys import FULL, SLIDING
 from jrlhf.models.spec import ROPE_TYPES, RopeSpec
 
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -52,6 +53,23 @@ def read_rope(
             f" model_type {config.get('model_type')!r}, only for gemma3_text: give one dictionary."
         )
     return one_rope(raw, config, default_theta=default_theta, default_partial=default_partial)
+
+
+def by_layer_type(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """`rope_parameters` of a family with one dictionary per layer type, and an old `rope_scaling`.
+
+    Raises:
+        UnsupportedModelError: entries that are no layer type, which transformers would not read.
+    """
+    given, scaling = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    if any(isinstance(scaling.get(kind), Mapping) for kind in (FULL, SLIDING)):
+        given, scaling = {**given, **scaling}, {}  # what some exports write there
+    if unknown := sorted(given.keys() - {FULL, SLIDING}):
+        raise UnsupportedModelError(
+            f"rope_parameters of a {config.get('model_type')} model has {', '.join(unknown)}: give"
+            f" a dictionary for {FULL} and one for {SLIDING}."
+        )
+    return given, scaling
 
 
 def one_rope(

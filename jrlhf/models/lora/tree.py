@@ -8,6 +8,7 @@ copies nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Array
 
 from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.families import Weight, family_of
+from jrlhf.models.families.weights import Part
 from jrlhf.models.layers import Linear
 from jrlhf.models.lora.layer import LowRank, delta, gain, norm
 from jrlhf.models.lora.plan import Adapter, Linears, Path, Target, Weights
@@ -36,8 +38,29 @@ _CONSTANTS = ("scale", "tag")
 
 
 def weights(spec: Any) -> Weights:
-    """The family's rows with their places."""
-    return [(row, list(row.places(spec))) for row in family_of(spec).weights(spec)]
+    """The rows with their places, under the names that PEFT's files have: those in memory."""
+    rows = family_of(spec).weights(spec)
+    if any("{expert}" in row.name for row in rows):
+        rows = tuple(_in_memory(row, spec) for row in rows)
+    return [(row, list(row.places(spec))) for row in rows]
+
+
+def _in_memory(row: Weight, spec: Any) -> Weight:
+    """A row of a model whose files have a tensor for each expert, and whose layers have two."""
+    if row.path[:2] != ("layers", "mlp"):
+        return row
+    name, x = "model.layers.{layer}.mlp.", spec.moe.num_experts
+    if row.path[2] == "router":
+        return dataclasses.replace(row, name=f"{name}gate.weight")
+    if row.path[2] == "down":
+        name, part = f"{name}experts.down_proj", None
+    else:
+        size = spec.intermediate_size
+        start = size * (row.path[2] == "up")
+        name, part = f"{name}experts.gate_up_proj", Part(1, 1, start, size, 2 * size)
+    return dataclasses.replace(
+        row, name=name, shape=(x, *row.shape), groups=((0,), (2,), (1,)), part=part
+    )
 
 
 def tied_head(spec: DecoderSpec) -> str:
@@ -214,7 +237,7 @@ def init(adapter: Adapter, base: Params, key: Array) -> Params:
         kernel = get(base, target.path)["kernel"][...]
         own = with_entry(own, target.path, _first(adapter, target, kernel, key))
     for path in adapter.saved:
-        own = with_entry(own, path, get(base, path).astype(jnp.float32))
+        own = with_entry(own, path, get(base, path)[...].astype(jnp.float32))
     return own
 
 
@@ -273,7 +296,7 @@ def merged(params: Params, adapters: Sequence[Adapter]) -> Params:
             kernel = _each(target, one)(get(out, path)[...], get(params, path)[...], leaves)
             out = with_entry(out, path, kernel)
         for path in adapter.saved:
-            out = with_entry(out, path, get(own, path).astype(get(out, path).dtype))
+            out = with_entry(out, path, get(own, path).astype(get(out, path)[...].dtype))
     return out
 
 
