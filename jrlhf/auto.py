@@ -83,11 +83,11 @@ class _Auto:
         _refuse(by_place)
         dtype = _either_dtype(dtype, more)
         kind, attention = asked_for(more), named(more.pop("attn_implementation", None))
+        choices, placed = cls._taken(more), as_mesh(mesh)
         name, adapter = pretrained_model_name_or_path, None
-        found = hub.resolve(name, revision=more.pop("revision", None))
+        found = hub.resolve(name, revision=more.get("revision"))
         if (base := base_of(found)) is not None:
             adapter, name, found = found, base, hub.resolve(base)
-        choices, placed = cls._taken(more), as_mesh(mesh)
         net, params, source = load_pretrained(
             found,
             dtype=dtype,
@@ -110,10 +110,10 @@ class _Auto:
     def _taken(cls, more: dict[str, Any]) -> dict[str, Any]:
         """What is left of `from_pretrained`'s arguments, for `load_pretrained`."""
         own = (*cls._extra, "pad_vocab_to_multiple_of")
-        others = {name: value for name, value in more.items() if name not in own}
+        others = {key: value for key, value in more.items() if key not in (*own, "revision")}
         known = [*_OPTIONS, *cls._extra]
         arguments.check("from_pretrained", others, arguments.FROM_PRETRAINED, known)
-        return {**cls._choices, **{name: value for name, value in more.items() if name in own}}
+        return {**cls._choices, **{key: value for key, value in more.items() if key in own}}
 
     @classmethod
     def from_config(

@@ -1,20 +1,26 @@
 """Writes the tables of docs/models.md: every parity case, and every combination of flags, measured.
 
-    python -m tests.models.table [decoders] [encoders] [decoder-flags] [encoder-flags]
+    python -m tests.models.table [--kept FILE] [decoders] [encoders] [decoder-flags] [encoder-flags]
 
 The tests bound the same numbers for all cases and some combinations; greedy tokens they count for
-the cases marked " *" only, and this program for all. Combinations take an hour on two cores.
+the cases marked " *" only, and this program for all. Combinations take two hours on two cores: what
+was measured of each is appended to FILE, and a program that goes on does not measure it again.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# One JSON line per combination: family, changes, what was measured.
+KEPT = Path(os.devnull)
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
@@ -45,7 +51,7 @@ def decoder_flag_rows() -> Iterator[tuple[str, ...]]:
     from tests.models.decoder_measure import NEW
 
     for family, own, found in combinations(flags.DECODERS, measured_decoder):
-        tokens = f"{min(row['tokens'] for row in found)} of {NEW}"
+        tokens = f"{int(min(row['tokens'] for row in found))} of {NEW}"
         yield family, flags.say(own), *worst(found, tokens)
 
 
@@ -74,19 +80,31 @@ def combinations(
     """(family, its flags, what was measured of each combination), on all cores."""
     from tests.models.flag_products import products
 
+    kept = {}
+    if KEPT.exists():
+        lines = map(json.loads, KEPT.read_text().splitlines())
+        kept = {(family, changes): row for family, changes, row in lines}
     # Processes that begin anew now and then: compiled programs pile up in them.
-    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=50) as pool:
+    with (
+        multiprocessing.get_context("spawn").Pool(maxtasksperchild=50) as pool,
+        KEPT.open("a") as file,
+    ):
         for family, own in families.items():
-            found = []
             every = [(family, changes) for changes in products(own)]
-            for row in pool.imap(functools.partial(starred, measured), every):
-                say((family, str(every[len(found)][1]), str(row)))
-                found.append(row)
-            yield family, own, found
+            new = [one for one in every if (family, str(one[1])) not in kept]
+            for (_, changes), row in zip(
+                new, pool.imap(functools.partial(starred, measured), new), strict=True
+            ):
+                kept[family, str(changes)] = row
+                file.write(json.dumps((family, str(changes), row)) + "\n")
+                file.flush()
+                say((family, str(changes), str(row)))
+            yield family, own, [kept[family, str(changes)] for _, changes in every]
 
 
-def starred(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments)
+def starred(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What was measured, in plain numbers."""
+    return {name: getattr(x, "item", lambda x=x: x)() for name, x in function(*arguments).items()}
 
 
 def worst(found: list[dict[str, Any]], *more: str) -> tuple[str, ...]:
@@ -137,5 +155,10 @@ def say(row: tuple[str, ...]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or TABLES:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kept", type=Path, default=KEPT)
+    parser.add_argument("names", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    asked = parser.parse_args()
+    KEPT = asked.kept
+    for name in asked.names or TABLES:
         write(name)

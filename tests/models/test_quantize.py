@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from jrlhf.auto import AutoModelForCausalLM, AutoModelForSequenceClassification, Model
 from jrlhf.errors import ConfigError, ModelError
 from jrlhf.models.build import Net, combine, partition
-from jrlhf.models.load import flatten, nest
+from jrlhf.models.load import flatten, load_pretrained, nest
 from jrlhf.models.quantize import dense, holds_quantized, is_quantized, quantizer
 from jrlhf.models.spec import DecoderSpec
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
@@ -184,3 +186,22 @@ def test_a_quantised_encoder_is_refused_before_it_is_read(tmp_path: Path) -> Non
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="bert model is an encoder: load_in_8bit"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, load_in_4bit=True)
+
+
+def test_a_leaf_is_quantised_before_the_next_one_is_read(tmp_path: Path, base: Model) -> None:
+    base.save_pretrained(tmp_path)
+    given: list[weakref.ref] = []
+
+    def keeper(net: Net) -> Any:
+        keep = quantizer(net.spec, "nf4")
+
+        def watched(path: tuple[str, ...], leaf: jax.Array) -> Any:
+            assert all(ref() is None for ref in given), "a float32 kernel is still held"
+            kept = keep(path, leaf)
+            given.extend([weakref.ref(leaf)] * is_quantized(kept))
+            return kept
+
+        return watched
+
+    load_pretrained(tmp_path, keeper=keeper)
+    assert len(given) == 7
