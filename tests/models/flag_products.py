@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.models import encoder_cases
 from tests.models.decoder_cases import (
+    BASE,
     DYNAMIC,
     EXPERTS,
     GPT,
@@ -40,29 +41,37 @@ def ropes(*kinds: Changes) -> tuple[Changes, ...]:
     return tuple({"rope_parameters": dict(kind)} for kind in kinds)
 
 
-def partial(share: float) -> Changes:
-    return {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
-
-
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LONGROPE = LONG | {"original_max_position_embeddings": 12}
+TYPES = (PLAIN, LINEAR, DYNAMIC, YARN, LLAMA3, LONGROPE)
+
+
+def partly(share: float, *kinds: Changes) -> tuple[Changes, ...]:
+    return ropes(*({**kind, "partial_rotary_factor": share} for kind in kinds))
+
+
+def by_layer_type(full: Changes, sliding: Changes) -> Changes:
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
+# Each type in full layers, and each in windowed ones.
+TWO_ROPES = (
+    *(by_layer_type(kind, {**PLAIN, "rope_theta": 1e3}) for kind in TYPES),
+    *(by_layer_type({**PLAIN, "rope_theta": 1e6}, kind) for kind in TYPES[1:]),
+)
 TIED = {"tied": switch("tie_word_embeddings")}
 BIAS = {"attention_bias": switch("attention_bias")}
 MLP_BIAS = {"mlp_bias": switch("mlp_bias")}
 GROUPS = {"key-value heads": switch("num_key_value_heads", 2, 1)}
 HEADS = {"head_dim": ({}, WIDE)}
-ROPE = {"rope": ropes(PLAIN, YARN)}
+ROPE = {"rope": ropes(*TYPES)}
 WINDOW = {"window": switch("sliding_window", None, 5)}
 TOP = {"experts per token": switch("num_experts_per_tok", 1, 2)}
 ACTS = ("gelu_new", "gelu", "relu", "silu")
 
 DECODERS: dict[str, Flags] = {
     "llama": {
-        "rope": (
-            *ropes(PLAIN, LINEAR, YARN, LLAMA3, LONGROPE),
-            {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
-        ),
-        **TIED, **BIAS, **MLP_BIAS, **GROUPS, **HEADS,
+        **ROPE, **TIED, **BIAS, **MLP_BIAS, **GROUPS, **HEADS,
     },
     "mistral": {**WINDOW, **ROPE, **TIED, **GROUPS, **HEADS},
     "qwen2": {
@@ -70,6 +79,7 @@ DECODERS: dict[str, Flags] = {
             {},
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+            {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
         ),
         **ROPE, **TIED, **GROUPS,
     },
@@ -77,6 +87,7 @@ DECODERS: dict[str, Flags] = {
         "windows": (
             {},
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
             {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
         ),
         "head_dim": ({"head_dim": 8}, WIDE),
@@ -93,18 +104,10 @@ DECODERS: dict[str, Flags] = {
         "windows": ({"sliding_window": 5}, {"sliding_window": 5, "layer_types": MIXED}),
         "score scale": switch("query_pre_attn_scalar", 256, 10),
         "head_dim": ({"head_dim": 8},),
-        **TIED, **BIAS,
+        **ROPE, **TIED, **BIAS,
     },
     "gemma3_text": {
-        "rope of full layers": tuple(
-            {
-                "rope_parameters": {
-                    "full_attention": kind,
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-                }
-            }
-            for kind in (PLAIN, LINEAR)
-        ),
+        "ropes": TWO_ROPES,
         "windows": tuple(
             {"sliding_window": 5, "layer_types": types}
             for types in (MIXED, ["full_attention"] * 4, ["sliding_attention"] * 4)
@@ -114,9 +117,9 @@ DECODERS: dict[str, Flags] = {
         **TIED, **BIAS,
     },
     "phi3": {
-        "rope": (
-            *ropes(PLAIN, partial(0.5)),
-            {"rope_parameters": LONG, "original_max_position_embeddings": 12},
+        "rope": tuple(
+            rope | {"original_max_position_embeddings": 12}
+            for rope in (*ropes(PLAIN, LONG), *partly(0.5, PLAIN, LONG))
         ),
         **WINDOW, **TIED, **GROUPS,
     },
@@ -133,7 +136,7 @@ DECODERS: dict[str, Flags] = {
         "embedding scale": switch("embedding_multiplier", 1.0, 3.0),
         "residual scale": switch("residual_multiplier", 1.0, 0.3),
         "logits scale": switch("logits_scaling", 1.0, 7.0),
-        **TIED, **BIAS, **MLP_BIAS,
+        **ROPE, **TIED, **BIAS, **MLP_BIAS,
     },
     "cohere": {
         "q/k norm": switch("use_qk_norm"),
@@ -150,9 +153,7 @@ DECODERS: dict[str, Flags] = {
     },
     "gpt_neox": {
         "parallel": switch("use_parallel_residual"),
-        "rope": ropes(
-            partial(0.25), partial(0.5), partial(1.0), {**YARN, "partial_rotary_factor": 0.5}
-        ),
+        "rope": (*partly(0.25, PLAIN), *partly(0.5, *TYPES), *partly(1.0, *TYPES)),
         "activation": switch("hidden_act", "gelu", "gelu_new"),
         **TIED, **BIAS,
     },
@@ -168,6 +169,7 @@ DECODERS: dict[str, Flags] = {
         "final norm": switch("_remove_final_layer_norm"),
         "embeddings": switch("word_embed_proj_dim", 32, 20, 40),
         "biases": switch("enable_bias"),
+        "norm parameters": switch("layer_norm_elementwise_affine"),
         "activation": switch("activation_function", "relu", "gelu"),
         "sizes": ({"ffn_dim": 44},),
         **TIED,
@@ -176,9 +178,10 @@ DECODERS: dict[str, Flags] = {
     "qwen3_moe": {
         "experts": (QWEN_EXPERTS,),
         "normed weights": switch("norm_topk_prob"),
+        "plain MLPs": ({}, {"mlp_only_layers": [0, 2]}),
         "windows": ({}, {"use_sliding_window": True, "sliding_window": 5}),
         "head_dim": ({"head_dim": 8}, WIDE),
-        **TOP, **TIED, **BIAS,
+        **TOP, **ROPE, **TIED, **BIAS,
     },
     "gpt_oss": {
         "experts": (EXPERTS,),
@@ -186,9 +189,9 @@ DECODERS: dict[str, Flags] = {
             {"sliding_window": 5, "layer_types": types}
             for types in (MIXED, ["full_attention"] * 4, ["sliding_attention"] * 4)
         ),
-        "rope": ({}, *ropes(PLAIN)),
-        "gate": ({"swiglu_limit": 1.0},),
-        "head_dim": ({"head_dim": 8},),
+        "rope": ({}, *ropes(*TYPES)),
+        "gate": switch("swiglu_limit", 1.0, 7.0),
+        "head_dim": ({"head_dim": 8}, WIDE),
         **TOP, **TIED, **BIAS,
     },
 }  # fmt: skip
@@ -231,6 +234,7 @@ ENCODERS: dict[str, Flags] = {
             {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
         ),
         "activation": switch("hidden_activation", "gelu", "gelu_pytorch_tanh"),
+        "ropes": TWO_ROPES,
         **BIAS, **MLP_BIAS,
     },
     "DebertaV2": {
@@ -257,13 +261,23 @@ def products(flags: Flags) -> Iterator[dict[str, Any]]:
 
 
 def _fitted(changes: dict[str, Any]) -> dict[str, Any]:
-    """longrope has a factor for each pair of channels."""
+    """longrope has a factor for each pair of channels; dynamic acts beyond the longest position."""
     rope = changes.get("rope_parameters", {})
-    if rope.get("rope_type") != "longrope" or "head_dim" not in changes:
-        return changes
-    pairs = changes["head_dim"] // 2
+    layers = {key: value for key, value in rope.items() if isinstance(value, Mapping)}
+    fitted = {key: _paired(value, changes) for key, value in layers.items()}
+    fitted = fitted or _paired(rope, changes)
+    if any(kind.get("rope_type") == "dynamic" for kind in layers.values() or (rope,)):
+        changes = changes | {"max_position_embeddings": 16}
+    return changes | {"rope_parameters": fitted} if rope else changes
+
+
+def _paired(rope: Changes, changes: Changes) -> Changes:
+    if rope.get("rope_type") != "longrope":
+        return rope
+    width = changes.get("head_dim", BASE["hidden_size"] // BASE["num_attention_heads"])
+    pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
     more = {key: (2 * rope[key])[:pairs] for key in ("short_factor", "long_factor")}
-    return changes | {"rope_parameters": rope | more}
+    return {**rope, **more}
 
 
 def count(flags: Flags) -> int:
