@@ -197,7 +197,8 @@ def _either_dtype(dtype: Any, more: dict[str, Any]) -> str:
 
 def _dtype(value: Any) -> str:
     """ "float32", jnp.float32, torch.float32 or np.dtype -> "float32"."""
-    name = getattr(value, "__name__", None) or str(value or "auto")
+    value = "auto" if value is None else value
+    name = getattr(value, "__name__", None) or str(value)
     name = {"auto": "float32", "bf16": "bfloat16", "fp32": "float32"}.get(
         name.removeprefix("torch."), name.removeprefix("torch.")
     )

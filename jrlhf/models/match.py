@@ -17,9 +17,9 @@ from jrlhf.models.hf.reader import Checkpoint
 Keys = tuple[str, ...]
 # Index of a tensor along the stacked axes of a leaf: none, the layer, or the layer and the expert.
 At = tuple[int, ...]
-# Leaves with a row or column per token: only they may have padding.
-# Compared at a time.
+# Rows of two tables that are compared at a time.
 _ROWS = 4096
+# Leaves with a row or column per token: only they may have padding.
 VOCABULARY = {("embed", "table"): 0, ("head", "kernel"): 1, ("head", "bias"): 0}
 
 

@@ -269,6 +269,7 @@ def test_a_large_part_is_joined_on_its_device(
         ({"num_labels": 2}, "AutoModelForSequenceClassification"),
         ({"problem_type": "regression"}, "the trainer's loss decides"),
         ({"dtype": "float16"}, "give bfloat16"),
+        ({"dtype": ""}, "dtype must be float32 or bfloat16, got ''"),
         ({"revision": "v2"}, "revision='v2': .* lies here, and has no revisions"),
         ({"remta": "full"}, "has no argument 'remta'. Did you mean \"remat\""),
     ],
