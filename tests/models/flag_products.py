@@ -68,12 +68,16 @@ ROPE = {"rope": ropes(*TYPES)}
 WINDOW = {"window": switch("sliding_window", None, 5)}
 TOP = {"experts per token": switch("num_experts_per_tok", 1, 2)}
 ACTS = ("gelu_new", "gelu", "relu", "silu")
+# A family's own activation, and others.
+ACT = {"activation": ({}, *switch("hidden_act", "gelu"))}
+GEMMA_ACT = {"activation": ({}, *switch("hidden_activation", "gelu"))}
+ALL_ACTS = {"activation": ({}, *switch("hidden_act", "gelu", "gelu_pytorch_tanh", "relu"))}
 
 DECODERS: dict[str, Flags] = {
     "llama": {
-        **ROPE, **TIED, **BIAS, **MLP_BIAS, **GROUPS, **HEADS,
+        **ROPE, **TIED, **BIAS, **MLP_BIAS, **GROUPS, **HEADS, **ALL_ACTS,
     },
-    "mistral": {**WINDOW, **ROPE, **TIED, **GROUPS, **HEADS},
+    "mistral": {**WINDOW, **ROPE, **TIED, **GROUPS, **HEADS, **ACT},
     "qwen2": {
         "windows": (
             {},
@@ -81,7 +85,7 @@ DECODERS: dict[str, Flags] = {
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
             {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
         ),
-        **ROPE, **TIED, **GROUPS,
+        **ROPE, **TIED, **GROUPS, **ACT,
     },
     "qwen3": {
         "windows": (
@@ -91,7 +95,7 @@ DECODERS: dict[str, Flags] = {
             {"use_sliding_window": True, "sliding_window": 5, "layer_types": MIXED},
         ),
         "head_dim": ({"head_dim": 8}, WIDE),
-        **ROPE, **TIED, **BIAS,
+        **ROPE, **TIED, **BIAS, **ACT,
     },
     "gemma": {
         "activation": switch("hidden_act", "gelu_pytorch_tanh", "gelu"),
@@ -104,7 +108,7 @@ DECODERS: dict[str, Flags] = {
         "windows": ({"sliding_window": 5}, {"sliding_window": 5, "layer_types": MIXED}),
         "score scale": switch("query_pre_attn_scalar", 256, 10),
         "head_dim": ({"head_dim": 8},),
-        **ROPE, **TIED, **BIAS,
+        **ROPE, **TIED, **BIAS, **GEMMA_ACT,
     },
     "gemma3_text": {
         "ropes": TWO_ROPES,
@@ -114,34 +118,35 @@ DECODERS: dict[str, Flags] = {
         ),
         "final cap": switch("final_logit_softcapping", None, 3.0),
         "head_dim": ({"head_dim": 8},),
-        **TIED, **BIAS,
+        **TIED, **BIAS, **GEMMA_ACT,
+        "score scale": ({}, {"query_pre_attn_scalar": 10}),
     },
     "phi3": {
         "rope": tuple(
             rope | {"original_max_position_embeddings": 12}
             for rope in (*ropes(PLAIN, LONG), *partly(0.5, PLAIN, LONG))
         ),
-        **WINDOW, **TIED, **GROUPS,
+        **WINDOW, **TIED, **GROUPS, **ACT,
     },
-    "olmo2": {**ROPE, **TIED, **BIAS, **GROUPS},
+    "olmo2": {**ROPE, **TIED, **BIAS, **GROUPS, **ACT},
     "smollm3": {
         "layers without rope": switch(
             "no_rope_layers", [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]
         ),
         "windows": ({}, {"use_sliding_window": True, "sliding_window": 5}),
-        **ROPE, **TIED, **BIAS, **MLP_BIAS,
+        **ROPE, **TIED, **BIAS, **MLP_BIAS, **ACT,
     },
     "granite": {
         "score scale": switch("attention_multiplier", 1.0, 0.2),
         "embedding scale": switch("embedding_multiplier", 1.0, 3.0),
         "residual scale": switch("residual_multiplier", 1.0, 0.3),
         "logits scale": switch("logits_scaling", 1.0, 7.0),
-        **ROPE, **TIED, **BIAS, **MLP_BIAS,
+        **ROPE, **TIED, **BIAS, **MLP_BIAS, **ACT,
     },
     "cohere": {
         "q/k norm": switch("use_qk_norm"),
         "logit scale": switch("logit_scale", 0.0625, 0.25),
-        **ROPE, **TIED, **BIAS, **GROUPS,
+        **ROPE, **TIED, **BIAS, **GROUPS, **ACT,
     },
     "gpt2": {
         "activation": switch("activation_function", *ACTS),
@@ -174,14 +179,17 @@ DECODERS: dict[str, Flags] = {
         "sizes": ({"ffn_dim": 44},),
         **TIED,
     },
-    "mixtral": {"experts": (EXPERTS | {"head_dim": 8},), **TOP, **WINDOW, **ROPE, **TIED, **GROUPS},
+    "mixtral": {
+        "experts": (EXPERTS | {"head_dim": 8},),
+        **TOP, **WINDOW, **ROPE, **TIED, **GROUPS, **ALL_ACTS,
+    },
     "qwen3_moe": {
         "experts": (QWEN_EXPERTS,),
         "normed weights": switch("norm_topk_prob"),
         "plain MLPs": ({}, {"mlp_only_layers": [0, 2]}),
         "windows": ({}, {"use_sliding_window": True, "sliding_window": 5}),
         "head_dim": ({"head_dim": 8}, WIDE),
-        **TOP, **ROPE, **TIED, **BIAS,
+        **TOP, **ROPE, **TIED, **BIAS, **ACT,
     },
     "gpt_oss": {
         "experts": (EXPERTS,),
@@ -236,6 +244,7 @@ ENCODERS: dict[str, Flags] = {
         "activation": switch("hidden_activation", "gelu", "gelu_pytorch_tanh"),
         "ropes": TWO_ROPES,
         **BIAS, **MLP_BIAS,
+        "head's activation": ({}, {"classifier_activation": "silu"}),
     },
     "DebertaV2": {
         "sizes": (encoder_cases.DEBERTA | {"attention_head_size": 8, "num_labels": 3},),
@@ -247,8 +256,32 @@ ENCODERS: dict[str, Flags] = {
         "token types": switch("type_vocab_size", 0, 2),
         "convolution": ({}, {"conv_kernel_size": 3, "conv_act": "gelu"}),
         "embeddings": switch("embedding_size", 32, 20),
+        "activation": ({}, *switch("hidden_act", "relu")),
+        "pooler's activation": ({}, {"pooler_hidden_act": "tanh"}),
     },
 }  # fmt: skip
+
+# Numbers and second spellings stand in no product; the combinations that tests draw change them too.
+EPS = {"rms_norm_eps": 0.1}
+BALANCE = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+NUMBERS: dict[str, Changes] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), EPS),
+    **dict.fromkeys(("phi3", "olmo2", "smollm3", "granite"), EPS),
+    "cohere": {"layer_norm_eps": 0.1},
+    "gpt2": {"layer_norm_epsilon": 0.1},
+    "gpt_neox": {"layer_norm_eps": 0.1},
+    "gptj": {"layer_norm_epsilon": 0.1},
+    "opt": {},
+    "mixtral": EPS | BALANCE,
+    "qwen3_moe": EPS | BALANCE,
+    "gpt_oss": EPS | BALANCE | {"swiglu_alpha": 1.1},
+    "Bert": {"layer_norm_eps": 0.1},
+    "Roberta": {"layer_norm_eps": 0.1},
+    "XLMRoberta": {"layer_norm_eps": 0.1},
+    "DistilBert": {},
+    "ModernBert": {"norm_eps": 0.1},
+    "DebertaV2": {"layer_norm_eps": 0.1},
+}
 
 
 def products(flags: Flags) -> Iterator[dict[str, Any]]:

@@ -151,6 +151,8 @@ def test_what_widens_embeddings_is_frozen_with_them():
 
 REFUSED = [
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
     ("gemma3_text", {"rope_parameters": {"rope_type": "spiral"}}, "has rope_type: give a dict"),
     ("gemma3_text", {"rope_parameters": {"full": {"rope_type": "linear"}}}, "has full: give"),
