@@ -110,13 +110,13 @@ def worst_gradient(ours, expected, spec):
     )
 
 
-def measure(family, changes):
+def measure(family, changes, jit=quick_jit):
     """Differences of logits, loss and gradients, and whether an export comes back bit by bit."""
     with tempfile.TemporaryDirectory() as directory:
-        return _measure(family, changes, Path(directory))
+        return _measure(family, changes, jit, Path(directory))
 
 
-def _measure(family, changes, directory):
+def _measure(family, changes, jit, directory):
     model = theirs(family, changes)
     model.save_pretrained(directory / "theirs")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -143,7 +143,7 @@ def _measure(family, changes, directory):
         logps = logps.reshape(scored.shape)
         return jnp.sum(logps * weights.astype(np.float32)), (logps, net.logits(params, hidden))
 
-    gradients, (logps, ours) = quick_jit(jax.grad(objective, has_aux=True))(params)
+    gradients, (logps, ours) = jit(jax.grad(objective, has_aux=True))(params)
     loss_here = -float(np.sum(np.asarray(logps), where=scored, dtype=np.float64)) / scored.sum()
     expected = load_pretrained(directory / "gradients")[1]
     save_pretrained(directory / "ours", net, params, source=source)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,7 +278,7 @@ def reloads(model: Model, directory: Path, original: Any, batch: Batch) -> bool:
     return complete and alike and all(torch.equal(same[name], state[name]) for name in state)
 
 
-def measure(prefix: str, config: dict[str, Any]) -> Row:
+def measure(prefix: str, config: dict[str, Any], jit: Callable[..., Any] = COMPILED) -> Row:
     """Loads, runs, differentiates and exports one model."""
     original, batch = perturbed(prefix, config), batch_of(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -291,7 +292,7 @@ def measure(prefix: str, config: dict[str, Any]) -> Row:
 
     net = model.net
 
-    @COMPILED
+    @jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params: Any, rows: dict[str, jax.Array], lengths: jax.Array) -> Any:
         hidden = net.hidden(params, **rows, lengths=lengths)

@@ -261,7 +261,7 @@ ENCODERS: dict[str, Flags] = {
     },
 }  # fmt: skip
 
-# Numbers and second spellings stand in no product; the combinations that tests draw change them too.
+# Numbers that stand in no product; half of the combinations that tests draw change them too.
 EPS = {"rms_norm_eps": 0.1}
 BALANCE = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 NUMBERS: dict[str, Changes] = {
