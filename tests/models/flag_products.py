@@ -119,7 +119,6 @@ DECODERS: dict[str, Flags] = {
         "final cap": switch("final_logit_softcapping", None, 3.0),
         "head_dim": ({"head_dim": 8},),
         **TIED, **BIAS, **GEMMA_ACT,
-        "score scale": ({}, {"query_pre_attn_scalar": 10}),
     },
     "phi3": {
         "rope": tuple(
@@ -181,7 +180,7 @@ DECODERS: dict[str, Flags] = {
     },
     "mixtral": {
         "experts": (EXPERTS | {"head_dim": 8},),
-        **TOP, **WINDOW, **ROPE, **TIED, **GROUPS, **ALL_ACTS,
+        **TOP, **WINDOW, **ROPE, **TIED, **GROUPS, **ACT,
     },
     "qwen3_moe": {
         "experts": (QWEN_EXPERTS,),
@@ -265,8 +264,9 @@ ENCODERS: dict[str, Flags] = {
 EPS = {"rms_norm_eps": 0.1}
 BALANCE = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 NUMBERS: dict[str, Changes] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), EPS),
-    **dict.fromkeys(("phi3", "olmo2", "smollm3", "granite"), EPS),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3"), EPS),
+    **dict.fromkeys(("olmo2", "smollm3", "granite"), EPS),
+    "gemma3_text": EPS | {"query_pre_attn_scalar": 10},
     "cohere": {"layer_norm_eps": 0.1},
     "gpt2": {"layer_norm_epsilon": 0.1},
     "gpt_neox": {"layer_norm_eps": 0.1},
