@@ -240,10 +240,12 @@ ENCODERS: dict[str, Flags] = {
             {},
             {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
         ),
-        "activation": switch("hidden_activation", "gelu", "gelu_pytorch_tanh"),
+        "activations": (
+            *switch("hidden_activation", "gelu", "gelu_pytorch_tanh"),
+            {"hidden_activation": "gelu", "classifier_activation": "silu"},
+        ),
         "ropes": TWO_ROPES,
         **BIAS, **MLP_BIAS,
-        "head's activation": ({}, {"classifier_activation": "silu"}),
     },
     "DebertaV2": {
         "sizes": (encoder_cases.DEBERTA | {"attention_head_size": 8, "num_labels": 3},),
@@ -255,8 +257,7 @@ ENCODERS: dict[str, Flags] = {
         "token types": switch("type_vocab_size", 0, 2),
         "convolution": ({}, {"conv_kernel_size": 3, "conv_act": "gelu"}),
         "embeddings": switch("embedding_size", 32, 20),
-        "activation": ({}, *switch("hidden_act", "relu")),
-        "pooler's activation": ({}, {"pooler_hidden_act": "tanh"}),
+        "activations": ({}, {"hidden_act": "relu", "pooler_hidden_act": "tanh"}),
     },
 }  # fmt: skip
 
