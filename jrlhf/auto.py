@@ -23,7 +23,7 @@ from jrlhf.models.adapter import read_adapter
 from jrlhf.models.attend import choose_for, named
 from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.families import CHOICES, spec_from_config
-from jrlhf.models.load import Keep, load_pretrained
+from jrlhf.models.load import Keep, Source, load_pretrained
 from jrlhf.models.lora.config import base_of
 from jrlhf.models.quantize import asked_for, quantizer
 from jrlhf.ops.layout import platform_of
@@ -146,7 +146,10 @@ class _Auto:
         net = net_of(choose_for(spec, named(attn_implementation), _platform(placed)))
         shardings = None if placed is None else params_shardings(net, net.abstract(), placed)
         params = jax.jit(net.init, out_shardings=shardings)(key)
-        return Model(net, params, mesh=placed, name_or_path="random", tokenizer=tokenizer)
+        source = Source("config", None, values)
+        return Model(
+            net, params, source=source, mesh=placed, name_or_path="random", tokenizer=tokenizer
+        )
 
 
 def _platform(mesh: jax.sharding.Mesh | None) -> str | None:

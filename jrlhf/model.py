@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.errors import ModelError
-from jrlhf.models import hub, vocabulary
+from jrlhf.models import hub, inputs, vocabulary
 from jrlhf.models.arguments import CALL, COUNT, GENERATE, SAVE, check
 from jrlhf.models.build import Net, Params
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
@@ -22,9 +22,8 @@ from jrlhf.models.families import config_from_spec, family_of
 from jrlhf.models.halves import restack
 from jrlhf.models.hf.writer import export_config
 from jrlhf.models.load import Source, save_pretrained
-from jrlhf.models.spec import DecoderSpec
 from jrlhf.models.tokenizer import load_tokenizer
-from jrlhf.rollout.encode import classify_like_transformers
+from jrlhf.rollout.encode import classify
 from jrlhf.rollout.generate import generate_like_transformers
 from jrlhf.sharding.place import params_shardings
 from jrlhf.sharding.rules import activate
@@ -48,7 +47,7 @@ class Model:
 
     Attributes:
         net: its pure functions.
-        source: the files it came from; None for random weights.
+        source: the files or the config it came from.
         mesh: the mesh that its parameters lie on; None: one device.
         name_or_path: what it was loaded by.
     """
@@ -85,7 +84,7 @@ class Model:
             ModelError: it was made from a config and has none.
         """
         if self._tokenizer is None:
-            if self.source is None:
+            if self.source is None or self.source.path is None:
                 raise ModelError(
                     "This model has no files and so no tokenizer: pass processing_class."
                 )
@@ -139,25 +138,13 @@ class Model:
             ConfigError: an argument of transformers that is none here.
         """
         check("model(...)", others, CALL, ("input_ids", "attention_mask", "position_ids"))
-        # Looked at on the host: a check on the device would wait for it.
-        ids = _ints(input_ids)
-        if ids.ndim != 2:
-            raise ModelError(f"input_ids must be [rows, tokens], got shape {ids.shape}.")
-        if not ids.size:
-            raise ModelError(f"input_ids of shape {ids.shape} hold no token.")
-        mask = np.ones_like(ids) if attention_mask is None else _ints(attention_mask)
-        _check_inputs(self.net.spec, ids, mask)
+        ids, mask = inputs.tokens(self.net.spec, input_ids, attention_mask)
+        positions = inputs.positions(self.net.spec, position_ids, mask)
         if isinstance(self.net, EncoderNet):
+            types = inputs.types(self.net.spec, token_type_ids, ids)
             return ModelOutput(
-                classify_like_transformers(
-                    self.net, self.params, ids, mask, position_ids, token_type_ids, mesh=self.mesh
-                )
+                classify(self.net, self.params, ids, mask, positions, types, mesh=self.mesh)
             )
-        if position_ids is None:
-            positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
-        else:
-            positions = _ints(position_ids)
-        _check_positions(self.net.spec, positions, ids)
         return _forward(self.net, self.params, ids, mask, positions, self.mesh)
 
     def generate(
@@ -216,7 +203,8 @@ class Model:
         found = self.source.config.get("eos_token_id") if found is None else found
         ids = [] if found is None else list(found) if isinstance(found, list) else [found]
         if not all(type(i) is int for i in ids):
-            raise ModelError(f"eos_token_id={found!r} in {self.source.path}: expected ids.")
+            where = self.source.path or "its config"
+            raise ModelError(f"eos_token_id={found!r} in {where}: expected ids.")
         return ids
 
     def save_pretrained(
@@ -348,35 +336,6 @@ class Model:
         if self.mesh is not None:
             changed.to_mesh(self.mesh)
         return changed
-
-
-def _check_inputs(spec: Any, ids: np.ndarray, mask: np.ndarray) -> None:
-    """An index out of range is clamped on the device: wrong numbers without a word."""
-    if mask.shape != ids.shape:
-        raise ModelError(f"attention_mask {mask.shape} and input_ids {ids.shape} differ in shape.")
-    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-    if low < 0 or high >= spec.vocab_size:
-        raise ModelError(
-            f"input_ids go from {low} to {high}; this {spec.model_type} has tokens 0 to "
-            f"{spec.vocab_size - 1}. Are they of its tokenizer?"
-        )
-
-
-def _check_positions(spec: DecoderSpec, positions: np.ndarray, ids: np.ndarray) -> None:
-    if positions.shape not in (ids.shape, (1, ids.shape[1])):
-        raise ModelError(
-            f"position_ids {positions.shape} and input_ids {ids.shape} differ in shape."
-        )
-    high = int(positions.max()) if positions.size else 0
-    if spec.positions == "learned" and high >= spec.max_position_embeddings:
-        raise ModelError(
-            f"position_ids go up to {high}; this {spec.model_type} has learned positions for "
-            f"{spec.max_position_embeddings} tokens. Cut the text."
-        )
-
-
-def _ints(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "mesh"))

@@ -7,6 +7,7 @@ weight table says where each lies in our tree; every device reads the part that 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from jrlhf.models.quantize import holds_quantized
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 Params = dict[str, Any]
 Keys = tuple[str, ...]
 Shardings = Callable[[AnyNet, Params], Any]
@@ -52,14 +54,14 @@ class Source:
     """Where a model came from, and what its files said besides the spec.
 
     Attributes:
-        kind: "hf", "gguf" or "glassllm".
-        path: directory or file on this machine.
+        kind: "hf", "gguf" or "glassllm"; "config" of random weights.
+        path: directory or file on this machine; None where there is none.
         config: its config.json, or what that would say.
         generation_config: its generation_config.json, or None.
     """
 
     kind: str
-    path: Path
+    path: Path | None
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None = None
 
@@ -183,7 +185,7 @@ def _fill_all(
 def _trunk_layers(unfrozen: int, layers: int) -> int:
     if unfrozen == -1:
         return 0
-    if not isinstance(unfrozen, int) or not 0 <= unfrozen <= layers:
+    if not isinstance(unfrozen, int) or isinstance(unfrozen, bool) or not 0 <= unfrozen <= layers:
         raise ConfigError(
             f"num_layers_unfrozen={unfrozen!r}, but the model has {layers} layers; give -1 (train"
             f" everything) or 0 to {layers}."
@@ -197,6 +199,11 @@ def _draw(
     """Initialises the leaves that no checkpoint tensor fills; the rest of `init` is dead code."""
     if not paths:
         return {}
+    # Of a value head nobody expects that a checkpoint has one.
+    if new := sorted({path[0] for path in paths} - {"value"}):
+        log.warning(
+            "Not in the checkpoint and drawn at random: %s. Train before use.", ", ".join(new)
+        )
 
     def draw(key: jax.Array) -> list[jax.Array]:
         leaves = flatten(net.init(key))

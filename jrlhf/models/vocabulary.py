@@ -7,6 +7,7 @@ loss nor a gradient knows of them.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -52,8 +53,9 @@ def resized(
     Raises:
         ConfigError: no tokens, or a multiple below 1.
     """
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
         raise ConfigError(f"A vocabulary has at least one token, a whole number, got {size!r}.")
+    size = int(size)
     old = net.spec.vocab_size
     beyond = padding(size, multiple)
     params = {name: dict(leaf) if name in ("embed", "head") else leaf

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from jrlhf.auto import AutoModelForSequenceClassification, Model
+from jrlhf.models import inputs
 from jrlhf.models.families import family_of
 from jrlhf.rollout.encode import right_padded
 from tests.models.decoder_cases import LONG, YARN
@@ -302,7 +303,9 @@ def measure(prefix: str, config: dict[str, Any], jit: Callable[..., Any] = COMPI
     differences = []
     for left in (False, True):
         ids, mask, types = batch.padded(left=left)
-        placed = right_padded(net.spec, ids, mask, None, types)
+        ids, mask = inputs.tokens(net.spec, ids, mask)
+        where = inputs.positions(net.spec, None, mask)
+        placed = right_padded(net.spec, ids, mask, where, inputs.types(net.spec, types, ids))
         (value, ours), gradients = run(model.params, *placed)
         differences.append(np.abs(np.asarray(ours) - scores.detach().numpy()).max())
     return Row(

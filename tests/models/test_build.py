@@ -290,5 +290,15 @@ def test_a_call_with_what_the_model_does_not_have_is_named() -> None:
         model([[1, 11]])
     with pytest.raises(ModelError, match="differ in shape"):
         model([[1, 2]], [[1, 1, 1]])
-    with pytest.raises(ModelError, match="go up to 4; this gpt2 has learned positions for 4"):
+    with pytest.raises(ModelError, match="A row has 5 tokens; this gpt2 has positions for 4"):
         model([[1, 2, 3, 4, 5]])
+    for place in (4, -1):
+        with pytest.raises(ModelError, match=r"position_ids go from .* learned positions 0 to 3"):
+            model([[1, 2]], position_ids=[[0, place]])
+    for value in (2, -1, 0.5):
+        with pytest.raises(ModelError, match=f"attention_mask holds {value}; it is 1 for real"):
+            model([[1, 2]], [[1, value]])
+    with pytest.raises(ModelError, match="input_ids must be whole numbers, got float64"):
+        model([[1.0, 2.5]])
+    with pytest.raises(ModelError, match="input_ids go from 1 to 4294967297"):
+        model([[1, 2**32 + 1]])

@@ -308,8 +308,25 @@ def test_what_is_too_long_or_of_no_known_type_is_refused(tmp_path: Path) -> None
     long = np.zeros((1, 33), np.int32)
     with pytest.raises(ModelError, match="33 tokens; this bert has positions for 32"):
         model(long)
-    with pytest.raises(ModelError, match="go up to 2; this bert knows 2 types"):
-        model(IDS, token_type_ids=np.full_like(IDS, 2))
+    for kind in (2, -1):
+        with pytest.raises(ModelError, match=f"from {kind} to {kind}; this bert knows types 0 to"):
+            model(IDS, token_type_ids=np.full_like(IDS, kind))
+    for place in (32, -1):
+        with pytest.raises(ModelError, match=f"from {place} to {place}; this bert learned pos"):
+            model(IDS, position_ids=np.full_like(IDS, place))
+    for name in ("token_type_ids", "position_ids"):
+        with pytest.raises(ModelError, match=f"{name} .* differ in shape"):
+            model(IDS, **{name: np.zeros((5, 2), np.int32)})
+
+
+def test_padding_may_have_any_position(tmp_path: Path) -> None:
+    model = Model(*made(BERT, tmp_path))
+    mask = np.ones_like(IDS)
+    mask[:, -2:] = 0
+    positions = np.where(mask, np.arange(IDS.shape[1]), -1)
+    np.testing.assert_array_equal(
+        model(IDS, mask, position_ids=positions).logits, model(IDS, mask).logits
+    )
 
 
 @pytest.mark.parametrize(

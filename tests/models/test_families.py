@@ -149,6 +149,25 @@ def test_what_widens_embeddings_is_frozen_with_them():
     np.testing.assert_array_equal(resumed, net.hidden(params, ids))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "same"),
+    [
+        ("gpt2", {"num_attention_heads": 6}, {"num_attention_heads": 6, "n_head": 6}),
+        ("gptj", {"num_hidden_layers": 2}, {"num_hidden_layers": 2, "n_layer": 2}),
+        ("gptj", {"num_attention_heads": None}, {"num_attention_heads": 3}),
+        ("distilbert", {"dim": 24, "n_heads": 2, "hidden_size": 12}, {"dim": 12, "n_heads": 3}),
+        ("mixtral", {"num_experts": 4}, {"num_local_experts": 4}),
+        ("modernbert", {"sliding_window": 6}, {"sliding_window": None, "local_attention": 12}),
+        ("smollm3", {"num_key_value_heads": None}, {"num_key_value_heads": 3}),
+        ("llama", {"id2label": {"0": "a"}, "num_labels": 4}, {"num_labels": 4}),
+        ("bert", {"id2label": {"0": "a", "1": "b", "2": "c"}}, {"num_labels": 3}),
+        ("gemma", {"hidden_act": None, "hidden_activation": "silu"}, {"hidden_act": "silu"}),
+    ],
+)
+def test_a_config_that_says_the_same_in_other_words_is_the_same_model(family, changes, same):
+    assert spec_from_config(config(family, **changes)) == spec_from_config(config(family, **same))
+
+
 REFUSED = [
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
@@ -156,6 +175,8 @@ REFUSED = [
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
     ("gemma3_text", {"rope_parameters": {"rope_type": "spiral"}}, "has rope_type: give a dict"),
     ("gemma3_text", {"rope_parameters": {"full": {"rope_type": "linear"}}}, "has full: give"),
+    ("gemma", {"hidden_act": "gelu", "hidden_activation": "silu"}, "'silu' disagree"),
+    ("gpt_neox", {"head_dim": 6}, "head_dim=6"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
     ("gptj", {"rotary_dim": None}, "rotary_dim=None"),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.parity
 import transformers  # noqa: E402
 from transformers import CONFIG_MAPPING  # noqa: E402
 
+from jrlhf.models.families import FAMILIES  # noqa: E402
 from tests.models import encoder_cases, flag_products  # noqa: E402
 from tests.models.decoder_cases import BASE  # noqa: E402
 from tests.models.decoder_measure import measure  # noqa: E402
@@ -92,3 +93,8 @@ def test_every_key_of_a_config_is_in_a_product_or_refused_or_read_nowhere(family
     keys = config().to_dict().keys() - transformers.PretrainedConfig().to_dict().keys()
     left = {key for key in keys - used if not UNREAD.fullmatch(key)}
     assert left == SPELLED.get(family, set())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_other_names_of_a_config_s_keys_are_those_of_transformers(family):
+    assert FAMILIES[family].aliases == CONFIG_MAPPING[family].attribute_map

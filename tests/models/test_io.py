@@ -169,13 +169,14 @@ def test_weights_of_heads_that_are_not_used_are_no_error(hf_directory):
     assert set(params) == {"embed", "layers", "norm"}
 
 
-def test_a_classifier_on_a_causal_model_draws_its_score_head(hf_directory):
+def test_a_classifier_on_a_causal_model_draws_its_score_head(hf_directory, caplog):
     origin, _ = hf_directory()
     key = jax.random.key(7)
     net, params, _ = load_pretrained(origin, head="classifier", num_labels=3, key=key)
     fresh = jax.jit(lambda k: Net(net.spec).init(k)["score"])(key)
     np.testing.assert_allclose(params["score"]["kernel"], fresh["kernel"], rtol=1e-6)
     assert "head" not in params
+    assert "Not in the checkpoint and drawn at random: score." in caplog.text
     again = load_pretrained(origin, head="classifier", num_labels=3, key=jax.random.key(8))[1]
     assert not np.array_equal(again["score"]["kernel"], params["score"]["kernel"])
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jrlhf.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 from jrlhf.models.load import load_pretrained, save_pretrained
 
 torch = pytest.importorskip("torch")
@@ -145,6 +146,22 @@ def test_classifiers_pass_both_ways(tmp_path, labels):
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     save_pretrained(tmp_path / "ours", net, params, source=source)
     assert_bitwise_equal(reload(kind, tmp_path / "ours").state_dict(), state)
+
+
+def test_what_is_made_from_a_config_keeps_what_the_config_says(tmp_path):
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    names = {0: "bad", 1: "fair", 2: "good"}
+    config = transformers.LlamaConfig(**BASE | special, id2label=names, problem_type="regression")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "scorer")
+    model = reload(transformers.LlamaForSequenceClassification, tmp_path / "scorer")
+    assert (model.config.id2label, model.config.problem_type) == (names, "regression")
+    assert model.config.label2id == {"bad": 0, "fair": 1, "good": 2}
+    assert model(torch.tensor(IDS)).logits.shape == (len(IDS), 3)  # needs the padding's id
+
+    writer = AutoModelForCausalLM.from_config({"model_type": "llama", **BASE, **special})
+    assert writer.eos_token_ids == [2]
+    writer.save_pretrained(tmp_path / "writer")
+    assert json.loads((tmp_path / "writer" / "generation_config.json").read_text()) == special
 
 
 def test_a_reward_model_made_from_a_causal_one_loads_as_a_classifier(tmp_path):

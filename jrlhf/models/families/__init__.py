@@ -59,6 +59,7 @@ class Family:
         ignored: names (regular expressions) that old checkpoints carry and nobody needs.
         prefix: what a bare trunk leaves off its names.
         renames: (regular expression, replacement): other names of the same tensors.
+        aliases: other names of a config's keys -> their own; they win, as in transformers.
     """
 
     read: Callable[[Mapping[str, Any]], AnySpec]
@@ -67,6 +68,7 @@ class Family:
     ignored: tuple[str, ...] = llama.IGNORED
     prefix: str = "model."
     renames: tuple[tuple[str, str], ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 DECODERS: dict[str, Family] = {
@@ -80,6 +82,7 @@ DECODERS: dict[str, Family] = {
         weights=gpt2.weights,
         ignored=gpt2.IGNORED,
         prefix="transformer.",
+        aliases=gpt2.ALIASES,
     ),
     "gpt_neox": Family(
         read=gpt_neox.read,
@@ -89,24 +92,40 @@ DECODERS: dict[str, Family] = {
         prefix="gpt_neox.",
         renames=gpt_neox.RENAMES,
     ),
-    "gpt_oss": Family(read=gpt_oss.read, write=gpt_oss.write, weights=gpt_oss.weights),
+    "gpt_oss": Family(
+        read=gpt_oss.read,
+        write=gpt_oss.write,
+        weights=gpt_oss.weights,
+        aliases=mixtral.ALIASES,
+    ),
     "gptj": Family(
         read=gptj.read,
         write=gptj.write,
         weights=gptj.weights,
         ignored=gptj.IGNORED,
         prefix="transformer.",
+        aliases=gpt2.ALIASES,
     ),
     "granite": Family(read=granite.read, write=granite.write),
     "llama": Family(read=llama.read, write=llama.write),
     "mistral": Family(read=mistral.read, write=mistral.write),
-    "mixtral": Family(read=mixtral.read, write=mixtral.write, weights=mixtral.weights),
+    "mixtral": Family(
+        read=mixtral.read,
+        write=mixtral.write,
+        weights=mixtral.weights,
+        aliases=mixtral.ALIASES,
+    ),
     "olmo2": Family(read=olmo2.read, write=olmo2.write, weights=olmo2.weights),
     "opt": Family(read=opt.read, write=opt.write, weights=opt.weights),
     "phi3": Family(read=phi3.read, write=phi3.write, weights=phi3.weights),
     "qwen2": Family(read=qwen2.read, write=qwen2.write),
     "qwen3": Family(read=qwen3.read, write=qwen3.write),
-    "qwen3_moe": Family(read=qwen3_moe.read, write=qwen3_moe.write, weights=qwen3_moe.weights),
+    "qwen3_moe": Family(
+        read=qwen3_moe.read,
+        write=qwen3_moe.write,
+        weights=qwen3_moe.weights,
+        aliases=mixtral.ALIASES,
+    ),
     "smollm3": Family(read=smollm3.read, write=smollm3.write),
 }
 ENCODERS: dict[str, Family] = {
@@ -138,6 +157,7 @@ ENCODERS: dict[str, Family] = {
         weights=distilbert.weights,
         ignored=distilbert.IGNORED,
         prefix="distilbert.",
+        aliases=distilbert.ALIASES,
     ),
     "modernbert": Family(
         read=modernbert.read,
@@ -187,7 +207,10 @@ def spec_from_config(config: Mapping[str, Any], **choices: object) -> AnySpec:
         UnsupportedModelError: a model type, rope type, activation or flag that is not implemented.
         ModelError: a value of another kind than its key wants.
     """
-    return _read(_family(config.get("model_type")), config).replace(**choices)
+    family = _family(config.get("model_type"))
+    others = {key: config[other] for other, key in family.aliases.items() if other in config}
+    given = {key: value for key, value in others.items() if value is not None}
+    return _read(family, {**config, **given}).replace(**choices)
 
 
 def _read(family: Family, config: Mapping[str, Any]) -> AnySpec:

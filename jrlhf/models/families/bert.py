@@ -54,7 +54,7 @@ def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
     offset = 0 if model_type == "bert" else int(1 if padding is None else padding) + 1
     return EncoderSpec(
         model_type=model_type,
-        vocab_size=int(config.get("vocab_size", 30522 if model_type == "bert" else 50265)),
+        vocab_size=int(config.get("vocab_size", 50265 if model_type == "roberta" else 30522)),
         **sizes,
         **configs.heads(sizes["hidden_size"], int(config.get("num_attention_heads", 12))),
         embedding_size=sizes["hidden_size"],

@@ -18,6 +18,11 @@ _SIZES = {
     "max_position_embeddings": ("max_position_embeddings", 512),
     "vocab_size": ("vocab_size", 30522),
 }
+ALIASES = {
+    "hidden_size": "dim",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+}
 _LAYER = "distilbert.transformer.layer.{layer}."
 _NAMES = {
     "embed.table": "distilbert.embeddings.word_embeddings",

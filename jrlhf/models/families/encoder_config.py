@@ -7,6 +7,7 @@ from typing import Any
 
 from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.encoder_spec import EncoderSpec
+from jrlhf.models.families.keys import count_labels
 
 # transformers' names -> ours. The exact gelu and its tanh approximation differ; keep them apart.
 _ACTIVATIONS = {
@@ -70,10 +71,9 @@ def heads(hidden_size: int, count: int) -> dict[str, Any]:
 
 def common(config: Mapping[str, Any]) -> dict[str, Any]:
     """What every family says alike; 2 labels where the config names none, as transformers."""
-    labels = config.get("id2label")
     return {
         "initializer_range": float(config.get("initializer_range", 0.02)),
-        "num_labels": len(labels) if labels else int(config.get("num_labels") or 2),
+        "num_labels": count_labels(config),
     }
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jrlhf.models.families.keys import classes, read_keys, refuse, with_defaults, write_keys
+from jrlhf.errors import UnsupportedModelError
+from jrlhf.models.families.keys import (
+    activation,
+    classes,
+    read_keys,
+    refuse,
+    with_defaults,
+    write_keys,
+)
 from jrlhf.models.families.llama import COMMON
 from jrlhf.models.families.rope_config import read_rope, write_rope
 from jrlhf.models.spec import DecoderSpec
@@ -26,10 +34,20 @@ KEYS = with_defaults(
 
 
 def read(config: Mapping[str, Any]) -> DecoderSpec:
-    """config.json -> spec, with GemmaConfig's defaults."""
-    # Its first release said "gelu" and meant the approximation; a later key put that right.
-    act = config.get("hidden_activation") or config.get("hidden_act")
-    fields = read_keys({**config, "hidden_act": "gelu_new" if act == "gelu" else act}, KEYS)
+    """config.json -> spec, with GemmaConfig's defaults.
+
+    Raises:
+        UnsupportedModelError: `hidden_activation` says another function than `hidden_act`.
+    """
+    # Its first release said "gelu" and meant the approximation; a later key put that right, and
+    # transformers 5 reads the first again.
+    acts = [config.get(key) for key in ("hidden_act", "hidden_activation")]
+    act, later = ("gelu_pytorch_tanh" if name == "gelu" else name for name in acts)
+    if act and later and activation("hidden_act", act) != activation("hidden_activation", later):
+        raise UnsupportedModelError(
+            f"hidden_act={acts[0]!r} and hidden_activation={acts[1]!r} disagree: leave one out."
+        )
+    fields = read_keys({**config, "hidden_act": act or later}, KEYS)
     return DecoderSpec(
         model_type="gemma", rope=read_rope(config), **fields, **common(config, fields)
     )

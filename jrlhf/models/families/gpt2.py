@@ -23,6 +23,12 @@ KEYS: dict[str, tuple[str, Any]] = {
     "initializer_range": ("initializer_range", 0.02),
     "attention_scale_by_layer": ("scale_attn_by_inverse_layer_idx", False),
 }
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 NAMES = Names(
     embed="transformer.wte",
     positions="transformer.wpe",

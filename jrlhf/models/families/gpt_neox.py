@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jrlhf.models.families.keys import classes, read_keys, write_keys
+from jrlhf.models.families.keys import classes, read_keys, refuse, write_keys
 from jrlhf.models.families.rope_config import read_rope, write_rope
 from jrlhf.models.families.table import Names, table
 from jrlhf.models.families.weights import Weight
@@ -46,7 +46,14 @@ IGNORED = (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv
 
 
 def read(config: Mapping[str, Any]) -> DecoderSpec:
-    """config.json -> spec, with GPTNeoXConfig's defaults."""
+    """config.json -> spec, with GPTNeoXConfig's defaults.
+
+    Raises:
+        UnsupportedModelError: `head_dim` is not what the hidden size gives a head.
+    """
+    fields = read_keys(config, KEYS)
+    width = fields["hidden_size"] // fields["num_attention_heads"]
+    refuse(config, "head_dim", (None, width), "its heads share the hidden size")
     old = {
         "rope_theta": config.get("rotary_emb_base") or config.get("rope_theta"),
         "partial_rotary_factor": config.get("rotary_pct", config.get("partial_rotary_factor")),
@@ -59,7 +66,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
         mlp="plain",
         mlp_bias=True,
         block="parallel" if parallel else "pre",
-        **read_keys(config, KEYS),
+        **fields,
     )
 
 

@@ -52,9 +52,14 @@ def read_keys(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
     fields["num_key_value_heads"] = int(fields.get("num_key_value_heads") or heads)
     fields["head_dim"] = int(fields.get("head_dim") or fields["hidden_size"] // heads)
     fields["hidden_act"] = activation(keys["hidden_act"][0], fields["hidden_act"])
-    labels = config.get("id2label")
-    fields["num_labels"] = len(labels) if labels else int(config.get("num_labels", 2))
+    fields["num_labels"] = count_labels(config)
     return fields
+
+
+def count_labels(config: Mapping[str, Any]) -> int:
+    """`num_labels`, which wins as in transformers, else the number of names; 2 without either."""
+    count = config.get("num_labels")
+    return len(config.get("id2label") or (0, 1)) if count is None else int(count)
 
 
 def _as(name: str, value: Any, kind: type) -> Any:

@@ -14,6 +14,7 @@ from jrlhf.models.families.weights import Weight
 from jrlhf.models.spec import DecoderSpec, MoeSpec
 
 KEYS = with_defaults(MISTRAL_KEYS, norm_eps=1e-5)
+ALIASES = {"num_experts": "num_local_experts"}
 NAMES = Names(
     modules=LLAMA_MODULES
     | {
@@ -41,9 +42,9 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
 
 
 def experts(config: Mapping[str, Any], default: int) -> int:
-    """How many there are, under either of its two names."""
-    found = (config.get(key) for key in ("num_local_experts", "num_experts"))
-    return int(next((count for count in found if count is not None), default))
+    """How many there are."""
+    count = config.get("num_local_experts")
+    return int(default if count is None else count)
 
 
 def balance(config: Mapping[str, Any]) -> float:

@@ -73,12 +73,18 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
         rope=full,
         local_rope=local,
         local=tuple(kind == _KINDS[True] for kind in kinds),
-        window=int(config.get("local_attention", 128)) // 2,
+        window=_window(config),
         pooling={"cls": "first"}.get(pooling, pooling),
         pooler_act=configs.activation(config, "classifier_activation"),
         pooler_norm=True,
         **configs.common(config),
     )
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Tokens to either side: `sliding_window`, which wins as in transformers, or half of both."""
+    one = config.get("sliding_window")
+    return int(config.get("local_attention", 128)) // 2 if one is None else int(one)
 
 
 def _rope(config: Mapping[str, Any], kind: str) -> RopeSpec:

@@ -35,6 +35,8 @@ KEYS = with_defaults(
 def read(config: Mapping[str, Any]) -> DecoderSpec:
     """config.json -> spec, with SmolLM3Config's defaults."""
     fields = read_keys(config, KEYS)
+    if config.get("num_key_value_heads", 0) is None:  # absent: 4
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     layers = fields["num_hidden_layers"]
     every = int(config.get("no_rope_layer_interval", 4))
     turned = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]

@@ -142,7 +142,9 @@ def export_config(
     same_labels = len(source.get("id2label") or {}) == len(written.get("id2label", {}))
     if not (classifier and same_labels):
         config = {k: v for k, v in config.items() if k not in labels}
-    keep = {k: config[k] for k in labels & config.keys()}
+    keep = {k: config[k] for k in labels if config.get(k) is not None}
+    if "id2label" in keep:
+        keep.setdefault("label2id", {name: int(i) for i, name in keep["id2label"].items()})
     config |= dict(written) | keep | {"dtype": dtype}
     rope = written.get("rope_parameters")
     # What transformers 4 and the servers built on it read.
