@@ -113,6 +113,8 @@ class GGUFFile:
         metadata = {}
         for _ in range(pairs):
             key = self._string()
+            if key in metadata:
+                raise ValueError(f"its metadata has {key} twice")
             metadata[key] = self._value(self._scalar("I"))
         return metadata
 
@@ -162,12 +164,15 @@ class GGUFFile:
             shape = tuple(reversed([self._scalar("Q") for _ in range(dimensions)]))
             rows.append((name, shape, self._scalar("I"), self._scalar("Q")))
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment={alignment!r}")
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment={alignment!r}, expected a power of two from 8 on")
         start = -(-self._at // alignment) * alignment
         everything = np.frombuffer(self._buffer, np.uint8)
-        tensors = {}
+        tensors: dict[str, GGUFTensor] = {}
+        spans = []
         for name, shape, number, offset in rows:
+            if name in tensors:
+                raise ValueError(f"it has {name} twice")
             kind = GGMLQuantizationType(number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if not shape or shape[-1] % block:
@@ -178,4 +183,26 @@ class GGUFFile:
             if last > everything.size:
                 raise ValueError(f"{name} runs past the end of the file")
             tensors[name] = GGUFTensor(shape, kind, everything[first:last].reshape(stored))
+            spans.append((offset, last - first, name))
+        _check_contiguous(spans, alignment)
         return tensors
+
+
+def _check_contiguous(spans: list[tuple[int, int, str]], alignment: int) -> None:
+    """Refuses tensors that overlap or leave holes: a wrong offset would read another's bytes.
+
+    Args:
+        spans: of every tensor the offset, the number of bytes and the name.
+        alignment: what every offset is a multiple of.
+
+    Raises:
+        ValueError: there are such.
+    """
+    end = 0
+    for offset, size, name in sorted(spans):
+        if offset != end:
+            raise ValueError(
+                f"{name} lies at offset {offset}, expected {end}: behind the tensor before, at the"
+                f" next multiple of general.alignment={alignment}"
+            )
+        end = -(-(offset + size) // alignment) * alignment

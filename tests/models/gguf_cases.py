@@ -117,6 +117,14 @@ def k_blocks(shape, form):
     return blocks.reshape(*shape[:-1], -1)
 
 
+def add_metadata(writer, metadata):
+    """Adds values of any type; as the converter, whole numbers have no sign if they need none."""
+    for key, value in metadata.items():
+        whole = type(value) is int and value >= 0
+        kind = gguf.GGUFValueType.UINT32 if whole else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
+
+
 def write_gguf(path, config, tensors, *, kind=Kind.F32, extra=None, metadata=None, arch="llama"):
     """Writes a model as llama.cpp's converter would; returns what the file then holds."""
     writer = gguf.GGUFWriter(str(path), arch)
@@ -135,10 +143,7 @@ def write_gguf(path, config, tensors, *, kind=Kind.F32, extra=None, metadata=Non
     writer.add_eos_token_id(config["eos_token_id"])
     if "sliding_window" in config:
         writer.add_sliding_window(config["sliding_window"])
-    for key, value in (metadata or {}).items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
-            key, value
-        )
+    add_metadata(writer, metadata or {})
     held = {}
     for name, tensor in tensors.items():
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
