@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from jrlhf.errors import ModelError, UnsupportedModelError
+from jrlhf.errors import JrlhfError, ModelError, UnsupportedModelError
 from jrlhf.models.families.keys import FULL, SLIDING
-from jrlhf.models.gguf_file import GGUFFile, GGUFTensor
+from jrlhf.models.gguf_file import GGUFFile, GGUFTensor, shortest
 from jrlhf.models.glassllm import unpermute_rows
 
 # Hugging Face's names on the left; {} is the layer. Each also exists with ".bias".
@@ -45,6 +45,9 @@ _TOP = {
     "lm_head": "output",
 }
 _ROPE_FREQS = "rope_freqs.weight"
+# Keys below {arch}.rope.scaling that are read here, or change no number.
+_SCALING = {"type", "factor", "original_context_length", "finetuned",
+            "yarn_beta_fast", "yarn_beta_slow"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,20 +76,21 @@ class GGUFCheckpoint:
         """Maps the file into memory and reads its metadata.
 
         Raises:
-            ModelError: the file is damaged.
+            ModelError: the file is damaged, or a value is of another kind than its key wants.
             UnsupportedModelError: an architecture or rotary scaling that is not implemented.
         """
         self.path = path
         file = GGUFFile(path)
-        arch = file.need("general.architecture")
+        arch = file.text("general.architecture")
         if arch not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{path} has architecture {arch!r}; of GGUF files are implemented:"
                 f" {', '.join(ARCHITECTURES)}."
             )
         self._architecture = ARCHITECTURES[arch]
-        self.config: Mapping[str, Any] = _config(file, self._architecture)
-        self.generation_config: Mapping[str, Any] | None = _generation_config(file)
+        self.config: Mapping[str, Any] = _read(file, self._architecture)
+        vocabulary = self.config["vocab_size"]
+        self.generation_config: Mapping[str, Any] | None = _generation_config(file, vocabulary)
         self._tensors = self._rename(file.tensors)
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tensor.shape for name, tensor in self._tensors.items()
@@ -128,13 +132,24 @@ class GGUFCheckpoint:
         return values[(slice(None),) * lead + index[lead:]]
 
 
+def _read(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:
+    try:
+        return _config(metadata, architecture)
+    except JrlhfError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{metadata.path} has metadata that make no config ({error}); convert it again."
+        ) from error
+
+
 def _config(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:
     """What config.json would say."""
     tensors = metadata.tensors
-    arch = metadata.need("general.architecture")
-    if metadata.get(f"{arch}.expert_count"):
+    arch = metadata.text("general.architecture")
+    if metadata.integer(f"{arch}.expert_count", 0, least=0):
         raise UnsupportedModelError(f"{metadata.path} is a mixture of experts.")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.integer("split.count", 1, least=0) > 1:
         raise UnsupportedModelError(f"{metadata.path} is one part of several; merge them first.")
     hidden = metadata.integer(f"{arch}.embedding_length")
     heads = metadata.integer(f"{arch}.attention.head_count")
@@ -142,12 +157,12 @@ def _config(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{metadata.path} has no token_embd.weight.")
-    layers = metadata.integer(f"{arch}.block_count")
+    layers = metadata.integer(f"{arch}.block_count", least=0)
     if not 0 < layers <= len(tensors):
         raise ModelError(
             f"{metadata.path} has {arch}.block_count={layers} and {len(tensors)} tensors."
         )
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": metadata.integer(f"{arch}.feed_forward_length"),
@@ -156,10 +171,11 @@ def _config(metadata: GGUFFile, architecture: Architecture) -> dict[str, Any]:
         "num_key_value_heads": metadata.integer(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": metadata.integer(f"{arch}.context_length"),
-        "rms_norm_eps": _short(metadata.need(f"{arch}.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": metadata.number(f"{arch}.attention.layer_norm_rms_epsilon", zero=True),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    return config | architecture.config(metadata, config) | _token_ids(metadata)
+    own = architecture.config(metadata, config)
+    return config | own | _token_ids(metadata, config["vocab_size"])
 
 
 def _llama(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,13 +207,13 @@ def _qwen3(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-    window = metadata.integer("gemma3.attention.sliding_window", 0)
+    window = metadata.integer("gemma3.attention.sliding_window", 0, least=0)
     # One layer in six reads everything; without a window every one does.
     pattern = metadata.integer("gemma3.attention.sliding_window_pattern", 6) if window else 1
-    local_theta = _short(metadata.get("gemma3.rope.freq_base_swa", 10000.0))
+    local_theta = metadata.number("gemma3.rope.freq_base_swa", 10000.0)
     # Only the largest divides queries by something else than the size of its heads.
     scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim
-    cap = metadata.get("gemma3.final_logit_softcapping")
+    cap = metadata.number("gemma3.final_logit_softcapping", 0.0, zero=True)
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -210,7 +226,7 @@ def _gemma3(metadata: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": scalar,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
-        "final_logit_softcapping": None if cap is None else _short(cap),
+        "final_logit_softcapping": cap or None,
     }
 
 
@@ -222,48 +238,85 @@ ARCHITECTURES = {
 }
 
 
-def _token_ids(metadata: GGUFFile) -> dict[str, int]:
+def _token_ids(metadata: GGUFFile, vocabulary: int) -> dict[str, int]:
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    found = {hf: metadata.get(f"tokenizer.ggml.{name}_token_id") for name, hf in keys.items()}
-    return {key: int(value) for key, value in found.items() if value is not None}
+    found = {hf: metadata.token_id(role, vocabulary) for role, hf in keys.items()}
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _generation_config(metadata: GGUFFile) -> dict[str, Any]:
+def _generation_config(metadata: GGUFFile, vocabulary: int) -> dict[str, Any]:
     """The special tokens; a separate end-of-turn token also ends a completion."""
-    config: dict[str, Any] = dict(_token_ids(metadata))
-    turn = metadata.get("tokenizer.ggml.eot_token_id")
+    config: dict[str, Any] = dict(_token_ids(metadata, vocabulary))
+    turn = metadata.token_id("eot", vocabulary)
     if turn is not None and turn != config.get("eos_token_id"):
         config["eos_token_id"] = [*([config["eos_token_id"]] if "eos_token_id" in config else [])]
-        config["eos_token_id"].append(int(turn))
+        config["eos_token_id"].append(turn)
     return config
-
-
-def _short(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _rope(metadata: GGUFFile, *, head_dim: int, default_theta: float = 10000.0) -> dict[str, Any]:
     """`rope_parameters` as config.json writes them."""
-    own = f"{metadata.need('general.architecture')}.rope"
-    theta = _short(metadata.get(f"{own}.freq_base", default_theta))
+    own = f"{metadata.text('general.architecture')}.rope"
+    theta = metadata.number(f"{own}.freq_base", default_theta)
     rotated = metadata.integer(f"{own}.dimension_count", head_dim)
     if rotated != head_dim:
         raise UnsupportedModelError(f"{metadata.path} rotates {rotated} of {head_dim} dimensions.")
-    kind = metadata.get(f"{own}.scaling.type", "none")
-    if kind in ("linear", "yarn"):
-        factor = _short(metadata.need(f"{own}.scaling.factor"))
-        scaled = {"rope_type": kind, "rope_theta": theta, "factor": factor}
-        if kind == "yarn":
-            length = metadata.integer(f"{own}.scaling.original_context_length")
-            scaled["original_max_position_embeddings"] = length
-        return scaled
-    if kind != "none":
-        raise UnsupportedModelError(f"{metadata.path} has rotary scaling {kind!r}.")
+    scaled = _scaling(metadata, own)
     if _ROPE_FREQS not in metadata.tensors:
-        return {"rope_type": "default", "rope_theta": theta}
+        return {"rope_type": "default", "rope_theta": theta} | scaled
+    if scaled:
+        kind = scaled["rope_type"]
+        raise UnsupportedModelError(
+            f"{metadata.path} has both rotary scaling {kind!r} and {_ROPE_FREQS}."
+        )
     divisors = metadata.tensors[_ROPE_FREQS].read(slice(None))
     return _llama3_rope(divisors, theta=theta, head_dim=head_dim)
+
+
+def _scaling(metadata: GGUFFile, own: str) -> dict[str, Any]:
+    """What `rope_parameters` says of linear or YaRN scaling; empty where positions are as usual.
+
+    As in llama.cpp, scaling without a type is linear and a factor of 0 is none.
+    """
+    given = metadata.get(f"{own}.scaling.type")
+    kind = metadata.text(f"{own}.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModelError(f"{metadata.path} has rotary scaling {kind!r}.")
+    _check_scaling(metadata, own, kind)
+    if kind == "none":
+        return {}
+    new, old = f"{own}.scaling.factor", f"{own}.scale_linear"
+    key = old if new not in metadata.metadata and old in metadata.metadata else new
+    factor = metadata.number(key, 1.0 if given is None else None, zero=True) or 1.0
+    if kind == "linear":
+        return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
+    length = metadata.integer(f"{own}.scaling.original_context_length")
+    scaled = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+    for beta in ("beta_fast", "beta_slow"):
+        if f"{own}.scaling.yarn_{beta}" in metadata.metadata:
+            scaled[beta] = metadata.number(f"{own}.scaling.yarn_{beta}")
+    return scaled
+
+
+def _check_scaling(metadata: GGUFFile, own: str, kind: str) -> None:
+    """Refuses keys of rotary scaling that would change numbers.
+
+    One is `yarn_attn_factor`: llama.cpp's converter copies Hugging Face's `attention_factor` into
+    it, which replaces YaRN's own factor on cos and sin; its rotation would multiply the two.
+    """
+    neutral = {
+        "attn_factor": (1.0,),
+        "yarn_ext_factor": (-1.0, 1.0 if kind == "yarn" else 0.0),  # -1: by the type
+        "yarn_log_multiplier": (0.0,),
+    }
+    for key, value in metadata.metadata.items():
+        name = key.removeprefix(f"{own}.scaling.")
+        if name in (key, *_SCALING) or value in (*neutral.get(name, ()), "", []):
+            continue
+        raise UnsupportedModelError(
+            f"{metadata.path} has {key}={value!r:.80}, which is not implemented for rotary scaling"
+            f" {kind!r}. Give the Hugging Face checkpoint instead."
+        )
 
 
 def _llama3_rope(divisors: np.ndarray, *, theta: float, head_dim: int) -> dict[str, Any]:
@@ -275,7 +328,7 @@ def _llama3_rope(divisors: np.ndarray, *, theta: float, head_dim: int) -> dict[s
     Raises:
         UnsupportedModelError: they follow another rule.
     """
-    factor, low, high, original = _short(divisors.max()), 1.0, 4.0, 8192
+    factor, low, high, original = shortest(divisors.max()), 1.0, 4.0, 8192
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = original * frequencies / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)

@@ -24,6 +24,8 @@ _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
+_LARGEST_WHOLE = 2**31 - 1
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,83 @@ class GGUFFile:
             raise ModelError(f"{self.path} has no {key}.")
         return self.metadata[key]
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """A whole number.
 
         Raises:
-            ModelError: it is absent without a default, or another kind of value (some models have
-                a list here, one number per layer).
+            ModelError: it is absent without a default, below `least` or too large, or another kind
+                of value (some models have a list here, one number per layer).
         """
         value = self.need(key) if default is None else self.get(key, default)
-        if not isinstance(value, int):
-            raise ModelError(f"{self.path} has {key}={value!r}, expected one whole number.")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not least <= value <= _LARGEST_WHOLE:
+            what = f"one whole number from {least} to {_LARGEST_WHOLE}"
+            raise self._unexpected(key, value, what)
         return value
+
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A finite number above 0 (with `zero`: or 0 itself).
+
+        Raises:
+            ModelError: it is absent without a default, or something else.
+        """
+        value = self.need(key) if default is None else self.get(key, default)
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not (0 < value <= _LARGEST or (zero and value == 0)):
+            what = f"a finite number {'of 0 or more' if zero else 'above 0'}"
+            raise self._unexpected(key, value, what)
+        return shortest(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text.
+
+        Raises:
+            ModelError: it is absent without a default, or something else.
+        """
+        value = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(value, str):
+            raise self._unexpected(key, value, "a text")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts.
+
+        Raises:
+            ModelError: it is absent or something else.
+        """
+        values = self.need(key)
+        if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+            raise self._unexpected(key, values, "a list of texts")
+        return values
+
+    def numbers(self, key: str, default: list[int] | None = None) -> list[float]:
+        """A list of numbers.
+
+        Raises:
+            ModelError: it is absent without a default, or something else.
+        """
+        values = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+            raise self._unexpected(key, values, "a list of numbers")
+        return values
+
+    def token_id(self, role: str, vocabulary: int) -> int | None:
+        """The id of a special token; None if the file names none, or one outside the vocabulary.
+
+        Files write -1 for none, which reads as 4294967295 without its sign.
+
+        Raises:
+            ModelError: it is not a whole number.
+        """
+        key = f"tokenizer.ggml.{role}_token_id"
+        value = self.get(key, -1)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._unexpected(key, value, "one whole number")
+        return value if 0 <= value < vocabulary else None
+
+    def _unexpected(self, key: str, value: Any, what: str) -> ModelError:
+        # A list can be as long as the vocabulary.
+        return ModelError(f"{self.path} has {key}={value!r:.80}, expected {what}.")
 
     def _header(self) -> dict[str, Any]:
         if self._buffer[:4] != b"GGUF":
@@ -206,3 +274,8 @@ def _check_contiguous(spans: list[tuple[int, int, str]], alignment: int) -> None
                 f" next multiple of general.alignment={alignment}"
             )
         end = -(-(offset + size) // alignment) * alignment
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jrlhf.errors import TokenizerError, suggest
+from jrlhf.errors import ModelError, TokenizerError, suggest
 from jrlhf.models.gguf_file import GGUFFile
 
 # tokenizer.ggml.pre -> (regular expression that splits before the bytes, or None; digits one by
@@ -34,21 +34,36 @@ def tokenizer_backend(path: Path) -> tuple[Any, dict[str, Any]]:
         chat_template and model_max_length.
 
     Raises:
-        TokenizerError: a tokenizer model or pre-tokenizer that is not implemented.
+        ModelError: the file is damaged.
+        TokenizerError: a tokenizer model or pre-tokenizer that is not implemented, or a value of
+            another kind than its key wants.
     """
+    metadata = GGUFFile(path)
+    try:
+        return _backend(metadata)
+    except TokenizerError:
+        raise
+    except ModelError as error:  # names the file and the key already
+        raise TokenizerError(str(error)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{path} has metadata that make no tokenizer ({error}); convert it again."
+        ) from error
+
+
+def _backend(metadata: GGUFFile) -> tuple[Any, dict[str, Any]]:
     from tokenizers import AddedToken
 
-    metadata = GGUFFile(path)
-    kind = metadata.need("tokenizer.ggml.model")
+    kind = metadata.text("tokenizer.ggml.model")
     if kind not in _MODELS:
         raise TokenizerError(
-            f"{path} has tokenizer model {kind!r}; of GGUF files are implemented:"
+            f"{metadata.path} has tokenizer model {kind!r}; of GGUF files are implemented:"
             f" {', '.join(_MODELS)}. Give the Hugging Face tokenizer's directory instead."
         )
-    words: list[str] = metadata.need("tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(words))
+    words = metadata.texts("tokenizer.ggml.tokens")
+    types = metadata.numbers("tokenizer.ggml.token_type", [_NORMAL] * len(words))
     if len(types) != len(words):
-        raise TokenizerError(f"{path} has {len(words)} tokens and types of {len(types)}.")
+        raise TokenizerError(f"{metadata.path} has {len(words)} tokens and types of {len(types)}.")
     tokenizer = _MODELS[kind](metadata, words, types)
     # In the order of their ids, so that none gets a new id.
     for word, token_type in zip(words, types, strict=True):
@@ -61,20 +76,31 @@ def tokenizer_backend(path: Path) -> tuple[Any, dict[str, Any]]:
     return tokenizer, settings
 
 
-def _byte_level(metadata: GGUFFile, words: list[str], types: list[int]) -> Any:
+def _byte_level(metadata: GGUFFile, words: list[str], types: list[float]) -> Any:
     """Byte-level BPE: GPT-2, Llama 3, Qwen, SmolLM."""
     from tokenizers import Tokenizer, decoders, models
 
     pre, ignore_merges = _pre_tokenizer(metadata)
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.need("tokenizer.ggml.merges")]
     vocab = {word: i for i, word in enumerate(words)}
+    merges = [_merge(metadata, pair, vocab) for pair in metadata.texts("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))  # type: ignore[arg-type]
     tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(metadata: GGUFFile, words: list[str], types: list[int]) -> Any:
+def _merge(metadata: GGUFFile, pair: str, vocab: Mapping[str, int]) -> tuple[str, str]:
+    first, _, second = pair.partition(" ")
+    absent = [word for word in (first, second, first + second) if word not in vocab]
+    if absent:
+        raise TokenizerError(
+            f"{metadata.path} has the merge {pair!r} in tokenizer.ggml.merges, expected two tokens"
+            f" with a space between them; no token: {', '.join(map(repr, absent))}."
+        )
+    return first, second
+
+
+def _sentencepiece(metadata: GGUFFile, words: list[str], types: list[float]) -> Any:
     """sentencepiece's BPE, with bytes for what is not in the vocabulary: Llama 1 and 2, Gemma.
 
     It joins the two neighbours whose union has the best score. Such a file has scores and no
@@ -82,7 +108,7 @@ def _sentencepiece(metadata: GGUFFile, words: list[str], types: list[int]) -> An
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = metadata.need("tokenizer.ggml.scores")
+    scores = metadata.numbers("tokenizer.ggml.scores")
     if len(scores) != len(words):
         raise TokenizerError(f"{metadata.path} has {len(words)} tokens and {len(scores)} scores.")
     vocab = {word: i for i, word in enumerate(words)}
@@ -94,9 +120,10 @@ def _sentencepiece(metadata: GGUFFile, words: list[str], types: list[int]) -> An
         for cut in range(1, len(words[i]))
         if words[i][:cut] in known and words[i][cut:] in known
     ]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    # llama.cpp's is the first, too, where the file names none of its vocabulary.
+    unknown = words[metadata.token_id("unknown", len(words)) or 0]
     tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token=words[unknown], fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     spaces: list[Any] = [normalizers.Replace(" ", _SPACE)]
     back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -115,7 +142,7 @@ _MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}
 def _pre_tokenizer(metadata: GGUFFile) -> tuple[Any, bool]:
     from tokenizers import Regex, pre_tokenizers
 
-    name = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    name = metadata.text("tokenizer.ggml.pre", "gpt-2")
     if name not in _PRE_TOKENIZERS:
         raise TokenizerError(
             f"{metadata.path} has pre-tokenizer {name!r}; known: {', '.join(_PRE_TOKENIZERS)}."
@@ -133,13 +160,13 @@ def _settings(metadata: GGUFFile, words: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     for name, role in roles.items():
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None and token_id < len(words):
+        token_id = metadata.token_id(name, len(words))
+        if token_id is not None:
             settings[f"{role}_token"] = words[token_id]
-    arch = metadata.need("general.architecture")
-    if length := metadata.get(f"{arch}.context_length"):
-        settings["model_max_length"] = int(length)
-    if template := metadata.get("tokenizer.chat_template"):
+    arch = metadata.text("general.architecture")
+    if length := metadata.integer(f"{arch}.context_length", 0, least=0):
+        settings["model_max_length"] = length
+    if template := metadata.text("tokenizer.chat_template", ""):
         settings["chat_template"] = template
     return settings
 

@@ -7,6 +7,7 @@ import pytest
 
 from jrlhf.errors import TokenizerError
 from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from tests.models.gguf_cases import add_metadata
 from tests.models.plain import encode_text
 
 SPACE = "\u2581"
@@ -29,7 +30,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def write(path, *, prefix=None, scores=SCORES, kind="llama"):
+def write(path, *, prefix=None, scores=SCORES, kind="llama", metadata=None):
     writer = gguf.GGUFWriter(str(path), "gemma3")
     writer.add_tokenizer_model(kind)
     writer.add_token_list(WORDS)
@@ -40,6 +41,7 @@ def write(path, *, prefix=None, scores=SCORES, kind="llama"):
     writer.add_unk_token_id(0)
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
+    add_metadata(writer, metadata or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

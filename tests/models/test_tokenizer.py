@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jrlhf.errors import MissingFileError, TokenizerError
 from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from tests.models.gguf_cases import add_metadata
 from tests.models.plain import encode_text
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -71,7 +72,7 @@ def encode_by_hand(text, words, merges, *, pattern=GPT2, digits=False, whole_wor
     return ids
 
 
-def write_gguf(path, *, pre="smollm", model="gpt2", **options):
+def write_gguf(path, *, pre="smollm", model="gpt2", metadata=None, **options):
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(96)
     writer.add_tokenizer_model(model)
@@ -88,6 +89,7 @@ def write_gguf(path, *, pre="smollm", model="gpt2", **options):
     if "add_eos" in options:
         writer.add_add_eos_token(options["add_eos"])
     writer.add_chat_template(CHATML)
+    add_metadata(writer, metadata or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
