@@ -3,7 +3,7 @@
     python -m tests.models.table [--kept FILE] [decoders] [encoders] [decoder-flags] [encoder-flags]
 
 The tests bound the same numbers for all cases and some combinations; greedy tokens they count for
-the cases marked " *" only, and this program for all. Combinations take two and a half hours on two
+the cases marked " *" only, and this program for all. Combinations take some four hours on two
 cores: what was measured of each is appended to FILE, and a program that goes on does not measure it
 again.
 """
