@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face hub on this machine: the calls by which files go up and down.
 
 It speaks the hub's protocol over loopback (make a repository or a branch, ask how to send, commit;
-describe a repository, list its files, send one), and keeps everything in memory.
+describe a repository, list its files, send one), and keeps everything in memory. A commit changes
+what lies in its branch, as on the hub: what it neither sends nor deletes stays.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class StandInHub:
         branches: (id, name) of branches that were made.
         commits: in order.
         refuse: set, every upload is answered with 403.
-        files: {id: {path: content}} of what can be downloaded; an id begins with "datasets/" where
-            it is no model's.
+        files: {id: {path: content}} of what can be downloaded, by "id@branch" beside main; an id
+            begins with "datasets/" where it is no model's.
         sent: paths that were downloaded, in order.
     """
 
@@ -115,10 +116,11 @@ class StandInHub:
     def describe(self, path: str, *, sending: bool) -> bytes | None:
         """What a GET is answered with; None: there is no such thing."""
         if found := re.fullmatch(
-            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/.+)?", path
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path
         ):
-            kind, repo, what = found.groups()
-            files = self.files.get(repo if kind == "models" else f"datasets/{repo}")
+            kind, repo, what, revision = found.groups()
+            repo_files = self.files.get(repo if kind == "models" else f"datasets/{repo}")
+            files = self.files.get(f"{repo}@{revision}", repo_files)
             if files is None:
                 return None
             if what == "tree":
@@ -144,6 +146,7 @@ class StandInHub:
             if repo not in self.repos:
                 private = asked.get("private", asked.get("visibility"))
                 self.repos[repo] = private in (True, "private")
+                self.files.setdefault(repo, {})
             return 200, {"url": f"{self.url}/{repo}", "name": repo, "id": repo}
         if path == "/api/validate-yaml":  # the head of a README.md
             text = json.loads(body)["content"]
@@ -158,6 +161,7 @@ class StandInHub:
         repo, action, revision = found.groups()
         if action == "branch":
             self.branches.append((repo, revision))
+            self.files.setdefault(f"{repo}@{revision}", dict(self.files.get(repo, {})))
             return 200, {}
         if action == "preupload":
             files = [
@@ -173,6 +177,11 @@ class StandInHub:
             if line["key"] == "file"
         }
         message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+        branch = self.files.setdefault(repo if revision == "main" else f"{repo}@{revision}", {})
+        for line in lines:
+            if line["key"] == "deletedFile":
+                del branch[line["value"]["path"]]
+        branch |= sent
         self.commits.append(Commit(repo, revision, message, token, sent))
         url = f"{self.url}/{repo}/commit/{len(self.commits)}"
         return 200, {"success": True, "commitOid": f"{len(self.commits):040x}", "commitUrl": url}

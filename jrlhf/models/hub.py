@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from jrlhf.config import HUB_ID
-from jrlhf.errors import ConfigError, HubError, MissingFileError, UnsupportedModelError
+from jrlhf.errors import (
+    ConfigError,
+    HubError,
+    MissingFileError,
+    ModelError,
+    UnsupportedModelError,
+)
+from jrlhf.models.hf.reader import INDEX, SINGLE
 
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 # Copies of the same weights in other layouts that some repositories carry.
 _IGNORED = ["onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*/*"]
+# What an upload leaves out because the model has no more of it, of what it may find on the hub.
+_DIGITS = "[0-9]" * 5
+_REPLACED_BY_WEIGHTS = [
+    SINGLE, INDEX, f"model-{_DIGITS}-of-{_DIGITS}.safetensors", "generation_config.json",
+    "adapter_config.json", "adapter_model.safetensors",
+]  # fmt: skip
+# A tokenizer takes them up, whoever's they are.
+_REPLACED_BY_TOKENIZER = [
+    "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "special_tokens_map.json", "added_tokens.json",
+]  # fmt: skip
 
 
 def resolve(name_or_path: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
@@ -27,6 +46,7 @@ def resolve(name_or_path: str | Path, *, weights: bool = True, revision: str | N
 
     Raises:
         ConfigError: neither text nor a path, or a revision of what lies on this machine.
+        ModelError: a name that no file can have.
         MissingFileError: it is neither on this machine nor to be had from the hub.
     """
     if not isinstance(name_or_path, str | Path):
@@ -34,8 +54,12 @@ def resolve(name_or_path: str | Path, *, weights: bool = True, revision: str | N
             f"A model is named by a path or a hub id, got {name_or_path!r}"
             f" ({type(name_or_path).__name__})."
         )
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    try:
+        path = Path(name_or_path).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or the home of nobody
+        raise ModelError(f"No model has the name {_short(name_or_path)}: {_why(error)}.") from error
+    if found:
         if revision not in (None, "main"):
             raise ConfigError(f"revision={revision!r}: {path} lies here, and has no revisions.")
         return path
@@ -44,6 +68,38 @@ def resolve(name_or_path: str | Path, *, weights: bool = True, revision: str | N
     if looks_local or not HUB_ID.fullmatch(name):
         raise MissingFileError(f"{name} does not exist (seen from {Path.cwd()}).")
     return _download(name, weights=weights, revision=revision)
+
+
+def target(directory: str | os.PathLike[str]) -> Path:
+    """Where a model is to be written: a directory, there already or not.
+
+    Raises:
+        ConfigError: no path, a file, below a file, or a name that no directory can have.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise ConfigError(
+            f"A model is saved into a directory, got {directory!r} ({type(directory).__name__})."
+        )
+    try:
+        path = Path(directory).expanduser()
+        # What is there of the path: itself, or the nearest of its parents.
+        there = next((p for p in (path, *path.parents) if p.exists()), None)
+    except (OSError, RuntimeError) as error:  # too long, or the home of nobody
+        raise ConfigError(f"No directory is {_short(directory)}: {_why(error)}.") from error
+    if there is not None and not there.is_dir():
+        raise ConfigError(
+            f"A model is saved into a directory, and {there} is a file: name another directory."
+        )
+    return path
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}… ({len(text)} characters)"
+
+
+def _why(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
 
 
 def _download(name: str, *, weights: bool, revision: str | None) -> Path:
@@ -102,13 +158,13 @@ def kind_of(path: Path) -> tuple[str, Path]:
     return files[0] if files else ("hf", path)
 
 
-def check_id(repo_id: str) -> str:
+def check_id(repo_id: object) -> str:
     """The id of a repository, "name" or "org/name".
 
     Raises:
         ConfigError: it cannot be one.
     """
-    if not HUB_ID.fullmatch(repo_id):
+    if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
         raise ConfigError(f'{repo_id!r} is no id on the hub: write "name" or "organisation/name".')
     return repo_id
 
@@ -143,7 +199,10 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads a directory as one commit, to a repository that is made if absent.
+    """Uploads a directory, to a repository that is made if absent.
+
+    What an earlier upload left there, and would be loaded in place of this one's, is deleted: old
+    shards, an old chat template. Anything else stays.
 
     Args:
         directory: every file of it is sent.
@@ -171,8 +230,19 @@ def upload(
             commit_message=message,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=_replaced(directory) or None,
         )
     return str(done.pr_url if create_pr else done.commit_url)
+
+
+def _replaced(directory: Path) -> list[str]:
+    """What else on the hub a directory stands for; the client keeps what is sent anew."""
+    patterns: list[str] = []
+    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        patterns += _REPLACED_BY_WEIGHTS
+    if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        patterns += _REPLACED_BY_TOKENIZER
+    return patterns
 
 
 @contextlib.contextmanager

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import yaml
 
+from jrlhf import AutoModelForCausalLM
 from jrlhf.errors import ConfigError, HubError
-from jrlhf.peft import LoraConfig
+from jrlhf.model import Model
+from jrlhf.peft import LoraConfig, get_peft_model
 from tests.fields.bench import Bench
+from tests.rollout.conftest import word_tokenizer
 from tests.standin_hub import StandInHub
 
 
@@ -116,8 +122,55 @@ def test_a_model_uploads_itself(bench: Bench, standin_hub: StandInHub) -> None:
     assert (commit.repo, commit.message) == ("org/alone", "Here")
     assert standin_hub.repos == {"org/alone": True}
     assert json.loads(commit.files["config.json"])["dtype"] == "bfloat16"
-    with pytest.raises(ConfigError, match="no id on the hub"):
-        model.push_to_hub("../elsewhere")
+    for name in ("../elsewhere", None, 3, Path("org/alone")):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(repr(name))} is no id on the hub"):
+            model.push_to_hub(name)
+
+
+def test_an_upload_replaces_an_earlier_one(bench: Bench, standin_hub: StandInHub) -> None:
+    """What lies in a repository is the last model, in files of whatever size."""
+    model = bench.model("sft")
+    small = {"max_shard_size": "4KB"}
+    index = "model.safetensors.index.json"
+    for sizes, gone in (({}, index), (small, "model.safetensors"), ({}, index)):
+        model.params = jax.tree.map(lambda leaf: leaf + 1, model.params)
+        model.push_to_hub("org/again", **sizes)
+        files = standin_hub.files["org/again"]
+        assert files == standin_hub.commits[-1].files
+        assert gone not in files
+        assert len([name for name in files if name.endswith(".safetensors")]) > (7 if sizes else 0)
+    model.push_to_hub("org/again", **small)
+    again = AutoModelForCausalLM.from_pretrained("org/again")
+    for old, new in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_an_upload_deletes_only_what_it_stands_for(bench: Bench, standin_hub: StandInHub) -> None:
+    old = {
+        "model.safetensors", "model-00001-of-00002.safetensors", "model-of-mine.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "additional_chat_templates/a.jinja", "special_tokens_map.json", "tokenizer.model",
+        "generation_config.json", "README.md", "onnx/model.safetensors",
+    }  # fmt: skip
+    standin_hub.files["org/own"] = dict.fromkeys(old, b"old")
+    model = bench.model("sft")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.push_to_hub("org/own")
+    (commit,) = standin_hub.commits
+    assert standin_hub.files["org/own"].keys() == old | commit.files.keys()
+    # In a branch of its own, whose tokenizer stays: the model has none.
+    model = Model(model.net, model.params)
+    model.push_to_hub("org/own", revision="whole")
+    assert standin_hub.files["org/own"].keys() == old | commit.files.keys()
+    left = {
+        "model-of-mine.safetensors", "onnx/model.safetensors", "README.md", "tokenizer.model",
+        "chat_template.jinja", "additional_chat_templates/a.jinja", "special_tokens_map.json",
+    }  # fmt: skip
+    branch = standin_hub.files["org/own@whole"]
+    assert {name for name in branch if branch[name] == b"old"} == left
+    model.push_to_hub("org/own", revision="whole", tokenizer=word_tokenizer(["w3"]))
+    gone = {"chat_template.jinja", "additional_chat_templates/a.jinja", "special_tokens_map.json"}
+    assert {name for name in branch if branch[name] == b"old"} == left - gone
 
 
 def test_without_a_hub_an_upload_is_a_named_error(bench: Bench) -> None:
