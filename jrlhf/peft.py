@@ -248,7 +248,7 @@ class PeftModel(Model):
         """
         known = ("dtype", "selected_adapters", "tokenizer")
         check("save_pretrained", others, SAVE_ADAPTER, known)
-        directory = Path(save_directory).expanduser()
+        directory = hub.target(save_directory)
         rows = tree.weights(self.net.spec)
         for name in self._plans if selected_adapters is None else selected_adapters:
             self._known(name)
@@ -265,7 +265,8 @@ class PeftModel(Model):
             )
             write_json(target / CONFIG_FILE, config)
         if tokenizer is not None and jax.process_index() == 0:
-            save_tokenizer(directory, tokenizer=tokenizer, source=None)
+            origin = None if self.source is None else self.source.path
+            save_tokenizer(directory, tokenizer=tokenizer, source=origin)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

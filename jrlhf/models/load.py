@@ -244,10 +244,12 @@ def save_pretrained(
 ) -> Path:
     """Writes a model directory that transformers loads with bitwise equal weights.
 
-    With several processes every one must call it; the first writes.
+    A save that fails leaves the weights of an earlier one as they were. With several processes
+    every one must call it; the first writes.
 
     Args:
-        directory: made if absent; files of an earlier save are replaced.
+        directory: made if absent; files of an earlier save are replaced. A tokenizer that lies
+            there stays unless one is given or the origin's has another vocabulary.
         net: the model.
         params: stacked params, on any devices.
         source: the model's origin: its tokenizer and the keys of its configs are kept.
@@ -257,7 +259,8 @@ def save_pretrained(
         keep_vocab_padding: also writes the rows that pad the vocabulary, as if they were tokens.
 
     Raises:
-        ConfigError: an unknown dtype or size.
+        ConfigError: an unknown dtype or size, no directory, values beyond the dtype.
+        UnsupportedModelError: the family's config has no words for the model.
     """
     if dtype not in SAVE_DTYPES:
         raise ConfigError(f"dtype={dtype!r} cannot be saved; known: {', '.join(SAVE_DTYPES)}.")
@@ -268,10 +271,15 @@ def save_pretrained(
     max_bytes = writer.parse_size(max_shard_size)
     if keep_vocab_padding:
         net = net.of(net.spec.replace(vocab_size=net.spec.vocab_rows, vocab_padding=0))
-    directory = Path(directory).expanduser()
+    # Every process finds out what is wrong before the first waits for the others' weights.
+    directory = hub.target(directory)
+    config = _config(net, source, tokenizer, dtype)
     values = _export(net, params, np.dtype(dtype))
     if jax.process_index() == 0:
-        _write(directory, net, values, source, tokenizer, dtype, max_bytes)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = _tensors(net, np.dtype(dtype).itemsize)
+        writer.write_weights(directory, tensors, values, max_bytes=max_bytes)
+        _write_beside(directory, net, config, source, tokenizer)
     else:
         for _ in values:  # takes part in gathering what other processes hold
             pass
@@ -282,33 +290,35 @@ def save_pretrained(
     return directory
 
 
-def _write(
-    directory: Path,
-    net: AnyNet,
-    values: Iterator[tuple[str, np.ndarray]],
-    source: Source | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: str,
-    max_bytes: int,
-) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    writer.write_weights(
-        directory, _tensors(net, np.dtype(dtype).itemsize), values, max_bytes=max_bytes
-    )
+def _config(
+    net: AnyNet, source: Source | None, tokenizer: PreTrainedTokenizerBase | None, dtype: str
+) -> dict[str, Any]:
+    """What config.json will say."""
     origin = {} if source is None else source.config
     config = writer.export_config(
         config_from_spec(net.spec), origin, classifier=net.spec.head != "causal", dtype=dtype
     )
     if tokenizer is not None and config.get("pad_token_id") is None:
         config["pad_token_id"] = tokenizer.pad_token_id
+    return config
+
+
+def _write_beside(
+    directory: Path,
+    net: AnyNet,
+    config: Mapping[str, Any],
+    source: Source | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """The configs and the tokenizer, when the weights are there."""
     writer.write_json(directory / "config.json", config)
-    generation = None if source is None else source.generation_config
+    path, generation = (None, None) if source is None else (source.path, source.generation_config)
     if net.spec.head == "causal":
         written = writer.export_generation_config(generation, config)
         writer.write_json(directory / "generation_config.json", written)
-    tokenizers.save_tokenizer(
-        directory, tokenizer=tokenizer, source=None if source is None else source.path
-    )
+    elif not tokenizers.is_home(directory, path):
+        (directory / "generation_config.json").unlink(missing_ok=True)
+    tokenizers.save_tokenizer(directory, tokenizer=tokenizer, source=path)
 
 
 def _leaf_order(net: AnyNet) -> list[dict[str, list[tuple[Keys, Weight, At]]]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,18 +18,22 @@ from jrlhf.models.hf.reader import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+# What tokenizer.json says, too: where it lies, nothing is read from them.
+_VOCABULARIES = (
     "tokenizer.model",
     "spm.model",
     "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+)
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    *_VOCABULARIES,
 )
 _TEMPLATES = "additional_chat_templates"
 
@@ -86,36 +92,83 @@ def _from_directory(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def is_home(directory: Path, source: str | Path | None) -> bool:
+    """Whether a directory is the one that a model or tokenizer was loaded from."""
+    return source is not None and Path(source).resolve() == directory.resolve()
+
+
 def save_tokenizer(
     directory: Path, *, tokenizer: PreTrainedTokenizerBase | None, source: Path | None
 ) -> None:
-    """Writes a tokenizer's files into a model directory.
+    """Writes a tokenizer into a model directory, in place of the one that lies there.
+
+    Vocabularies in older formats are not taken from the directory that the tokenizer or the model
+    was loaded from: nothing could make them again.
 
     Args:
         directory: exists already.
-        tokenizer: the one to write; None takes the files of `source`.
+        tokenizer: the one to write; None takes that of `source`, unless the directory holds one
+            with the same vocabulary: `tokenizer.save_pretrained(d); model.save_pretrained(d)`.
         source: the model's origin; its directory's files are copied as they are.
     """
-    if tokenizer is None and source is not None and source.is_dir():
-        names = [name for name in _FILES if (source / name).is_file()]
-        if names and source.resolve() != directory.resolve():
-            for name in names:
-                shutil.copyfile(source / name, directory / name)
-            if (source / _TEMPLATES).is_dir():
-                shutil.copytree(source / _TEMPLATES, directory / _TEMPLATES, dirs_exist_ok=True)
-        if names:
-            return
-    if tokenizer is None and source is not None:
-        try:
-            tokenizer = load_tokenizer(source)
-        except (TokenizerError, ModelError) as error:
-            if source.is_file():
-                warnings.warn(f"{directory} is saved without a tokenizer: {error}", stacklevel=2)
-            return  # a model without a tokenizer is saved without one
-    if tokenizer is None:
+    if tokenizer is None and (source is None or (is_home(directory, source) and _names(source))):
         return
-    tokenizer.save_pretrained(str(directory))
-    _rename_class(directory / "tokenizer_config.json")
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer.") as made:
+        new = Path(made)
+        if tokenizer is not None:
+            _write(new, tokenizer)
+        elif source is not None and not (_copy(new, source) or _rebuild(new, source)):
+            return  # a model without a tokenizer is saved without one
+        if tokenizer is None and _vocabulary(directory) == _vocabulary(new) is not None:
+            return
+        spared = any(
+            is_home(directory, home) for home in (source, getattr(tokenizer, "name_or_path", None))
+        )
+        shutil.rmtree(directory / _TEMPLATES, ignore_errors=True)
+        kept = {path.name for path in new.iterdir()} | set(_VOCABULARIES if spared else ())
+        for path in new.iterdir():
+            os.replace(path, directory / path.name)
+        for name in set(_FILES) - kept:
+            # transformers would take a template or special tokens from it.
+            (directory / name).unlink(missing_ok=True)
+
+
+def _names(source: Path) -> list[str]:
+    return [name for name in _FILES if (source / name).is_file()]
+
+
+def _copy(new: Path, source: Path) -> bool:
+    """Copies the files of a model directory, as they are; False: it has none."""
+    for name in _names(source):
+        shutil.copyfile(source / name, new / name)
+    if _names(source) and (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, new / _TEMPLATES)
+    return bool(_names(source))
+
+
+def _rebuild(new: Path, source: Path) -> bool:
+    """Writes the tokenizer of a file that holds model and all; False: it has none that loads."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except (TokenizerError, ModelError) as error:
+        if source.is_file():
+            warnings.warn(f"{source} is saved without a tokenizer: {error}", stacklevel=2)
+        return False
+    _write(new, tokenizer)
+    return True
+
+
+def _write(new: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(str(new))
+    _rename_class(new / "tokenizer_config.json")
+
+
+def _vocabulary(directory: Path) -> Any:
+    """The vocabulary without added tokens, as tokenizer.json has it; None: there is none."""
+    try:
+        return read_json(directory / "tokenizer.json")["model"]["vocab"]
+    except (OSError, ModelError, KeyError, TypeError):
+        return None
 
 
 def _rename_class(file: Path) -> None:

@@ -14,6 +14,8 @@ from jrlhf.models.hf.safetensors_file import SafetensorsFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# The longest file name in bytes, on every file system in use.
+_LONGEST = 255
 
 
 class Checkpoint(Protocol):
@@ -125,4 +127,9 @@ def _plain_name(value: object) -> str:
     plain = name and not name.startswith(".") and not set(name) & set("/\\:\0")
     if not plain or not name.endswith(".safetensors"):
         raise ModelError(f"{INDEX} names {value!r}, expected a plain *.safetensors file name.")
+    if len(name.encode(errors="surrogatepass")) > _LONGEST:
+        raise ModelError(
+            f"{INDEX} names {name[:40]!r}…, {len(name)} characters long; file names end at"
+            f" {_LONGEST} bytes."
+        )
     return name

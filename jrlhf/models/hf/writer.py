@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from jrlhf.models.hf.reader import INDEX, SINGLE
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_LEFT_OVER = re.compile(rf"\.{_SHARD.pattern}\.\d+")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def write_weights(
     *,
     max_bytes: int,
 ) -> None:
-    """Writes the shards one after the other, then the index, then drops files of older saves.
+    """Writes the shards, and replaces an earlier save by them when all of them lie on disk.
 
     Args:
         directory: exists already.
@@ -86,15 +86,27 @@ def write_weights(
     from safetensors.numpy import save_file
 
     plan = plan_shards(tensors, max_bytes)
-    for file, names in plan.items():
-        held: dict[str, np.ndarray] = {}
-        for expected in names:
-            name, value = next(values)
-            assert name == expected, (name, expected)
-            held[name] = np.ascontiguousarray(value)
-        # transformers 4 refuses a file without it; it names a layout, not a dependency.
-        write = functools.partial(save_file, held, metadata={"format": "pt"})
-        replace_file(directory / file, write)
+    partial = {directory / file: _partial(directory / file) for file in plan}
+    for old in directory.iterdir():
+        if _LEFT_OVER.fullmatch(old.name):  # of a process that was killed
+            old.unlink()
+    try:
+        for file, names in plan.items():
+            held: dict[str, np.ndarray] = {}
+            for expected in names:
+                name, value = next(values)
+                assert name == expected, (name, expected)
+                held[name] = np.ascontiguousarray(value)
+            # transformers 4 refuses a file without it; it names a layout, not a dependency.
+            save_file(held, partial[directory / file], metadata={"format": "pt"})
+        if len(plan) > 1:
+            # Without it, old and new shards of the same names cannot pass for one model.
+            (directory / INDEX).unlink(missing_ok=True)
+        for whole, written in partial.items():
+            os.replace(written, whole)
+    finally:
+        for written in partial.values():
+            written.unlink(missing_ok=True)
     kept = set(plan)
     if len(plan) > 1:
         kept.add(INDEX)
@@ -108,6 +120,11 @@ def write_weights(
             old.unlink()
 
 
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, all at once; of LoRA's patterns the first that fits wins, so only the
     object's own keys are sorted."""
@@ -117,7 +134,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
     """Writes beside the target and renames, so that a crash never leaves half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = _partial(path)
     try:
         write(str(partial))
         os.replace(partial, path)
