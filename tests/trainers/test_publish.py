@@ -122,7 +122,8 @@ def test_a_model_uploads_itself(bench: Bench, standin_hub: StandInHub) -> None:
     assert (commit.repo, commit.message) == ("org/alone", "Here")
     assert standin_hub.repos == {"org/alone": True}
     assert json.loads(commit.files["config.json"])["dtype"] == "bfloat16"
-    for name in ("../elsewhere", None, 3, Path("org/alone")):
+    wrong: list[Any] = ["../elsewhere", None, 3, Path("org/alone")]
+    for name in wrong:
         with pytest.raises(ConfigError, match=rf"^{re.escape(repr(name))} is no id on the hub"):
             model.push_to_hub(name)
 
@@ -130,7 +131,7 @@ def test_a_model_uploads_itself(bench: Bench, standin_hub: StandInHub) -> None:
 def test_an_upload_replaces_an_earlier_one(bench: Bench, standin_hub: StandInHub) -> None:
     """What lies in a repository is the last model, in files of whatever size."""
     model = bench.model("sft")
-    small = {"max_shard_size": "4KB"}
+    small: dict[str, Any] = {"max_shard_size": "4KB"}
     index = "model.safetensors.index.json"
     for sizes, gone in (({}, index), (small, "model.safetensors"), ({}, index)):
         model.params = jax.tree.map(lambda leaf: leaf + 1, model.params)
