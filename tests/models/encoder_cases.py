@@ -5,6 +5,7 @@ Models are tiny and random; the oracle is transformers in float64, one text at a
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from collections.abc import Callable
@@ -199,9 +200,9 @@ class Batch(NamedTuple):
         return ids, mask, types
 
 
-def perturbed(prefix: str, config: dict[str, Any]) -> Any:
+def perturbed(prefix: str, config: dict[str, Any], seed: int = 0) -> Any:
     """A transformers model with every parameter, norms and biases too, off its start."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     made = getattr(transformers, f"{prefix}Config")(**config)
     kind = getattr(transformers, f"{prefix}ForSequenceClassification")
     model = kind(made).eval()
@@ -236,6 +237,32 @@ def their_loss(scores: Any, labels: np.ndarray) -> Any:
     if scores.shape[1] == 1:
         return torch.nn.functional.mse_loss(scores[:, 0], torch.tensor(labels))
     return torch.nn.functional.cross_entropy(scores, torch.tensor(labels))
+
+
+def differentiated(model: Any, batch: Batch) -> tuple[Any, Any]:
+    """Scores and loss; the gradients lie in the model."""
+    scores = their_scores(model, batch)
+    loss = their_loss(scores, batch.labels)
+    loss.backward()
+    return scores, loss
+
+
+def tells(single: Any, exact: Any, batch: Batch) -> bool:
+    """Whether float32 can: transformers' own gradients in it are right to half of the bound.
+
+    Some nearly cancel (a classifier's bias over three texts, DeBERTa's keys' biases): what is left
+    of them is rounding, whoever computes it.
+    """
+    differentiated(single, batch)
+    pairs = zip(single.parameters(), exact.parameters(), strict=True)
+    grads = [(a.grad.double(), b.grad) for a, b in pairs if a.grad is not None]
+    largest = max(float(right.abs().max()) for _, right in grads)
+    sizes = [float(right.abs().max()) for _, right in grads]
+    return all(
+        float((got - right).abs().max()) <= 5e-6 * size
+        for (got, right), size in zip(grads, sizes, strict=True)
+        if size >= 1e-10 * largest
+    )
 
 
 def our_loss(scores: jax.Array, labels: np.ndarray) -> jax.Array:
@@ -281,16 +308,19 @@ def reloads(model: Model, directory: Path, original: Any, batch: Batch) -> bool:
 
 def measure(prefix: str, config: dict[str, Any], jit: Callable[..., Any] = COMPILED) -> Row:
     """Loads, runs, differentiates and exports one model."""
-    original, batch = perturbed(prefix, config), batch_of(config)
+    batch = batch_of(config)
+    for seed in range(20):
+        original = perturbed(prefix, config, seed)
+        exact = copy.deepcopy(original).double()
+        scores, loss = differentiated(exact, batch)
+        if tells(copy.deepcopy(original), exact, batch):
+            break
+    else:
+        raise AssertionError(f"no draw of {prefix} ({config}) that float32 can tell")
     with tempfile.TemporaryDirectory() as folder:
         original.save_pretrained(Path(folder) / "theirs")
         model = AutoModelForSequenceClassification.from_pretrained(Path(folder) / "theirs")
         again = reloads(model, Path(folder) / "ours", original, batch)
-    exact = original.double()
-    scores = their_scores(exact, batch)
-    loss = their_loss(scores, batch.labels)
-    loss.backward()
-
     net = model.net
 
     @jit
