@@ -59,6 +59,7 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
     pooling = config.get("classifier_pooling", "cls")
     flags: dict[str, Any] = {field: bool(config.get(key)) for key, field in _FLAGS.items()}
     full, local = (_rope(config, kind) for kind in _THETAS)
+    side = config.get("sliding_window")  # wins, as in transformers
     return EncoderSpec(
         model_type="modernbert",
         **sizes,
@@ -73,18 +74,12 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
         rope=full,
         local_rope=local,
         local=tuple(kind == _KINDS[True] for kind in kinds),
-        window=_window(config),
+        window=int(config.get("local_attention", 128)) // 2 if side is None else int(side),
         pooling={"cls": "first"}.get(pooling, pooling),
         pooler_act=configs.activation(config, "classifier_activation"),
         pooler_norm=True,
         **configs.common(config),
     )
-
-
-def _window(config: Mapping[str, Any]) -> int:
-    """Tokens to either side: `sliding_window`, which wins as in transformers, or half of both."""
-    one = config.get("sliding_window")
-    return int(config.get("local_attention", 128)) // 2 if one is None else int(one)
 
 
 def _rope(config: Mapping[str, Any], kind: str) -> RopeSpec:
