@@ -196,7 +196,10 @@ class Model:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The ids that end a generation: generation_config.json's, else config.json's."""
+        """The ids that end a generation: generation_config.json's, else config.json's.
+
+        A config alone may say its class's default: ids beyond its vocabulary are left out.
+        """
         if self.source is None:
             return []
         found = (self.source.generation_config or {}).get("eos_token_id")
@@ -205,6 +208,8 @@ class Model:
         if not all(type(i) is int for i in ids):
             where = self.source.path or "its config"
             raise ModelError(f"eos_token_id={found!r} in {where}: expected ids.")
+        if self.source.kind == "config":
+            ids = [i for i in ids if i < self.net.spec.vocab_size]
         return ids
 
     def save_pretrained(

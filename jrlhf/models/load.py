@@ -248,8 +248,8 @@ def save_pretrained(
     every one must call it; the first writes.
 
     Args:
-        directory: made if absent; files of an earlier save are replaced. A tokenizer that lies
-            there stays unless one is given or the origin's has another vocabulary.
+        directory: made if absent; files of an earlier save are replaced. A tokenizer that was
+            saved there by itself stays, unless one is given.
         net: the model.
         params: stacked params, on any devices.
         source: the model's origin: its tokenizer and the keys of its configs are kept.
@@ -311,6 +311,7 @@ def _write_beside(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """The configs and the tokenizer, when the weights are there."""
+    replaces = tokenizer is not None or tokenizers.is_of_model(directory)
     writer.write_json(directory / "config.json", config)
     path, generation = (None, None) if source is None else (source.path, source.generation_config)
     if net.spec.head == "causal":
@@ -318,7 +319,9 @@ def _write_beside(
         writer.write_json(directory / "generation_config.json", written)
     elif not tokenizers.is_home(directory, path):
         (directory / "generation_config.json").unlink(missing_ok=True)
-    tokenizers.save_tokenizer(directory, tokenizer=tokenizer, source=path)
+    if replaces:
+        tokenizers.save_tokenizer(directory, tokenizer=tokenizer, source=path)
+        tokenizers.mark_as_models(directory)
 
 
 def _leaf_order(net: AnyNet) -> list[dict[str, list[tuple[Keys, Weight, At]]]]:

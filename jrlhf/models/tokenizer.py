@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,6 +99,28 @@ def is_home(directory: Path, source: str | Path | None) -> bool:
     return source is not None and Path(source).resolve() == directory.resolve()
 
 
+def is_of_model(directory: Path) -> bool:
+    """Whether a directory's tokenizer, if there is one, was put there by the save of a model.
+
+    One that was not is the user's, who wrote `tokenizer.save_pretrained(d)` and then
+    `model.save_pretrained(d)`.
+    """
+    files = [directory / name for name in (*_names(directory), "config.json")]
+    return not _names(directory) or len({_time(file) for file in files}) == 1
+
+
+def mark_as_models(directory: Path) -> None:
+    """Gives the tokenizer's files and the config one time: no two writes would have it."""
+    now = time.time_ns()
+    for name in (*_names(directory), "config.json"):
+        with contextlib.suppress(PermissionError):  # another user's file that was not written here
+            os.utime(directory / name, ns=(now, now))
+
+
+def _time(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
 def save_tokenizer(
     directory: Path, *, tokenizer: PreTrainedTokenizerBase | None, source: Path | None
 ) -> None:
@@ -107,8 +131,7 @@ def save_tokenizer(
 
     Args:
         directory: exists already.
-        tokenizer: the one to write; None takes that of `source`, unless the directory holds one
-            with the same vocabulary: `tokenizer.save_pretrained(d); model.save_pretrained(d)`.
+        tokenizer: the one to write; None takes that of `source`.
         source: the model's origin; its directory's files are copied as they are.
     """
     if tokenizer is None and (source is None or (is_home(directory, source) and _names(source))):
@@ -119,8 +142,6 @@ def save_tokenizer(
             _write(new, tokenizer)
         elif source is not None and not (_copy(new, source) or _rebuild(new, source)):
             return  # a model without a tokenizer is saved without one
-        if tokenizer is None and _vocabulary(directory) == _vocabulary(new) is not None:
-            return
         spared = any(
             is_home(directory, home) for home in (source, getattr(tokenizer, "name_or_path", None))
         )
@@ -161,14 +182,6 @@ def _rebuild(new: Path, source: Path) -> bool:
 def _write(new: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(str(new))
     _rename_class(new / "tokenizer_config.json")
-
-
-def _vocabulary(directory: Path) -> Any:
-    """The vocabulary without added tokens, as tokenizer.json has it; None: there is none."""
-    try:
-        return read_json(directory / "tokenizer.json")["model"]["vocab"]
-    except (OSError, ModelError, KeyError, TypeError):
-        return None
 
 
 def _rename_class(file: Path) -> None:

@@ -17,6 +17,7 @@ import jax
 from jrlhf.data.rows import Rows
 from jrlhf.errors import ConfigError
 from jrlhf.model import Model
+from jrlhf.models import hub
 from jrlhf.models.build import combine, partition
 from jrlhf.models.moe import balancing_coefficient
 from jrlhf.rollout.score import Actor
@@ -264,7 +265,9 @@ class Trainer:
         return Path(self.args.output_dir) / "model"
 
     def _save(self, output_dir: str | Path | None, **card: Any) -> Path:
-        target = Path(output_dir) if output_dir else self._model_directory()
+        if output_dir is None or output_dir == "":
+            output_dir = self._model_directory()
+        target = hub.target(output_dir)
         self._exported().save_pretrained(target, tokenizer=self.processing_class)
         publish.write_card(target, self, **{"dataset_name": self._dataset, **card})
         log.info("Saved the model to %s.", target)

@@ -136,9 +136,16 @@ def make_engine(
 
 
 def eos_ids(model: Model, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the model's and the tokenizer's."""
+    """Every id that ends a completion: the model's and the tokenizer's.
+
+    A model from a config alone may carry its class's default, an id that is a word of the
+    tokenizer: such ids count only if the tokenizer's is one of them.
+    """
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return list(dict.fromkeys([*model.eos_token_ids, *own]))
+    ids = model.eos_token_ids
+    if model.source is not None and model.source.kind == "config" and own and own[0] not in ids:
+        ids = []
+    return list(dict.fromkeys([*ids, *own]))
 
 
 def reward_suite(

@@ -196,11 +196,15 @@ def test_a_tokenizer_without_a_template_replaces_one_with(tmp_path: Path, home: 
     assert "notes.txt" in files
 
 
-def test_the_origins_tokenizer_replaces_one_of_another_vocabulary_whole(tmp_path: Path) -> None:
-    first = model_with(tmp_path / "a", "old", words=WORDS[::-1])
+@pytest.mark.parametrize("words", [WORDS, WORDS[::-1]])
+def test_the_origins_tokenizer_replaces_that_of_an_earlier_model_whole(
+    tmp_path: Path, words: list[str]
+) -> None:
+    """Also one with the same vocabulary: a chat model's over its base's."""
+    first = model_with(tmp_path / "a", "old", words=words)
     second = model_with(tmp_path / "b")
     first.save_pretrained(tmp_path / "out")
-    (tmp_path / "out" / MAP).write_text('{"eos_token": "w7"}')
+    assert load_tokenizer(tmp_path / "out").chat_template == "old"
     second.save_pretrained(tmp_path / "out")
     again = load_tokenizer(tmp_path / "out")
     assert (again.chat_template, again.eos_token) == (None, "</s>")
@@ -210,11 +214,24 @@ def test_the_origins_tokenizer_replaces_one_of_another_vocabulary_whole(tmp_path
 def test_a_tokenizer_that_was_saved_first_is_kept(models: Any, tmp_path: Path) -> None:
     tokenizer = tokenizer_with("mine", added=2)
     for name, model in {"with": model_with(tmp_path / "a", "old"), "without": models[0]}.items():
-        for _ in range(2):
-            tokenizer.save_pretrained(tmp_path / name)
+        for turn in range(3):
+            if turn != 1:  # saved once, and the model again and again
+                tokenizer.save_pretrained(tmp_path / name)
             model.save_pretrained(tmp_path / name)
             again = load_tokenizer(tmp_path / name)
             assert (again.chat_template, len(again)) == ("mine", len(tokenizer))
+
+
+def test_a_tokenizer_that_was_saved_first_is_kept_beside_an_origin_of_old_files(
+    tmp_path: Path,
+) -> None:
+    """Nothing tells whether an origin's vocab.txt is the vocabulary that was saved."""
+    write_hf(tmp_path / "a", CONFIG, tensors_of(CONFIG))
+    (tmp_path / "a" / "vocab.txt").write_text("[UNK]\nword\n")
+    tokenizer_with("mine").save_pretrained(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == "mine"
+    assert not (tmp_path / "out" / "vocab.txt").exists()
 
 
 def test_a_directory_keeps_its_tokenizer_when_its_own_model_is_saved_there(tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def test_a_card_can_be_written_alone(bench: Bench) -> None:
     assert "None was logged." in card
 
 
+def test_a_model_and_its_card_go_into_one_directory(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    trainer = bench.trainer("sft")
+    trainer.save_model("~/saved")
+    there = {path.name for path in (tmp_path / "home" / "saved").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors"} <= there
+    assert not Path("~").exists()
+    with pytest.raises(ConfigError, match=r"saved into a directory, got 3 \(int\)"):
+        trainer.save_model(3)
+
+
 def test_an_adapters_card_says_so(bench: Bench) -> None:
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     trainer = bench.trainer("sft", given={"peft_config": adapter})
