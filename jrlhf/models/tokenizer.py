@@ -145,6 +145,8 @@ def save_tokenizer(
         spared = any(
             is_home(directory, home) for home in (source, getattr(tokenizer, "name_or_path", None))
         )
+        if (directory / _TEMPLATES).is_symlink():
+            (directory / _TEMPLATES).unlink()  # what it points at is another's
         shutil.rmtree(directory / _TEMPLATES, ignore_errors=True)
         kept = {path.name for path in new.iterdir()} | set(_VOCABULARIES if spared else ())
         for path in new.iterdir():

@@ -23,6 +23,7 @@ from jrlhf.errors import (
 from jrlhf.models.build import Net, combine, partition
 from jrlhf.models.hf.reader import SafetensorsCheckpoint
 from jrlhf.models.lora.config import LoraConfig
+from jrlhf.models.lora.layer import _drop
 from jrlhf.models.lora.tree import get
 from jrlhf.models.spec import DecoderSpec
 from jrlhf.peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
@@ -217,18 +218,28 @@ def test_dropout_is_a_function_of_the_row_and_the_module_and_keeps_the_mean(base
     one = run(model.params, IDS, keys)
     assert np.abs(one - plain).max() > 0.01
     # Rows go with their keys, wherever they stand and whatever follows them.
-    order = np.array([2, 0, 3, 1])
+    order = np.array([2, 0, 1, 3])
     close(run(model.params, IDS[order], keys[order]), np.asarray(one)[order], 1e-6)
-    longer = np.pad(IDS, ((0, 0), (0, 2)))
-    close(run(model.params, longer, keys)[:, :6], one, 1e-6)
+    tails = [np.pad(IDS, ((0, 0), (0, 2)), constant_values=token) for token in (0, 5)]
+    first, second = (run(model.params, ids, keys)[:, :6] for ids in tails)
+    np.testing.assert_array_equal(first, second)
     # Two equal rows with two keys drop differently.
     twins = run(model.params, IDS[[0, 0, 0, 0]], keys)
     assert np.abs(twins[0] - twins[1]).max() > 0.01
 
 
-def test_the_dropped_path_keeps_its_mean(base: Model) -> None:
-    from jrlhf.models.lora.layer import _drop
+def test_what_is_dropped_of_a_row_is_the_same_at_any_length_and_place() -> None:
+    """To the bit, which programs of two lengths are not."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 12)), jnp.float32)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 4))
+    dropped = _drop(x, keys, jnp.uint32(9), 0.5)
+    assert 0.3 < np.mean(dropped == 0) < 0.7
+    np.testing.assert_array_equal(_drop(x[:, :6], keys, jnp.uint32(9), 0.5), dropped[:, :6])
+    order = np.array([2, 0, 1, 3])
+    np.testing.assert_array_equal(_drop(x[order], keys[order], jnp.uint32(9), 0.5), dropped[order])
 
+
+def test_the_dropped_path_keeps_its_mean() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 3, 4)), jnp.float32)
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), 4000))[:, None]
     dropped = np.asarray(jax.vmap(lambda k: _drop(x, k, jnp.uint32(9), 0.25))(keys))

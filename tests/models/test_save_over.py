@@ -251,6 +251,17 @@ def test_a_vocabulary_beside_the_tokenizer_that_is_given_is_kept(tmp_path: Path)
     assert (tmp_path / SLOW).is_file()
 
 
+def test_templates_that_lie_elsewhere_stay_there(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "other.jinja").write_text("older")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "additional_chat_templates").symlink_to(tmp_path / "theirs")
+    templates = {"default": "new", "mine": "newer"}
+    save_tokenizer(tmp_path / "out", tokenizer=tokenizer_with(templates), source=None)
+    assert load_tokenizer(tmp_path / "out").chat_template == templates
+    assert (tmp_path / "theirs" / "other.jinja").read_text() == "older"
+
+
 def test_a_tokenizer_that_cannot_be_written_leaves_the_other(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, tokenizer=tokenizer_with("old"), source=None)
     before = contents(tmp_path)
