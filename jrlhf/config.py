@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -133,6 +134,9 @@ class TrainingConfig:
     }
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "logging_dir"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size",
                      "gradient_accumulation_steps", "pad_to_multiple_of")  # fmt: skip
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps",

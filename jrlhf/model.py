@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.errors import ModelError
-from jrlhf.models import hub, inputs, vocabulary
+from jrlhf.models import hub, inputs, special_tokens, vocabulary
 from jrlhf.models.arguments import CALL, COUNT, GENERATE, SAVE, check
 from jrlhf.models.build import Net, Params
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.models.families import config_from_spec, family_of
 from jrlhf.models.halves import restack
 from jrlhf.models.hf.writer import export_config
-from jrlhf.models.load import Source, save_pretrained
+from jrlhf.models.load import Source
+from jrlhf.models.save import save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.rollout.encode import classify
 from jrlhf.rollout.generate import generate_like_transformers
@@ -198,18 +199,20 @@ class Model:
     def eos_token_ids(self) -> list[int]:
         """The ids that end a generation: generation_config.json's, else config.json's.
 
-        A config alone may say its class's default: ids beyond its vocabulary are left out.
+        Ids beyond the vocabulary, which no model can say, are left out. The class's default in a
+        config alone does not count beside a tokenizer that ends otherwise.
         """
         if self.source is None:
             return []
         found = (self.source.generation_config or {}).get("eos_token_id")
         found = self.source.config.get("eos_token_id") if found is None else found
-        ids = [] if found is None else list(found) if isinstance(found, list) else [found]
+        ids = special_tokens.as_ids(found)
         if not all(type(i) is int for i in ids):
             where = self.source.path or "its config"
             raise ModelError(f"eos_token_id={found!r} in {where}: expected ids.")
-        if self.source.kind == "config":
-            ids = [i for i in ids if i < self.net.spec.vocab_size]
+        ids = [i for i in ids if 0 <= i < self.net.spec.vocab_size]
+        if self.source.kind == "config" and self._tokenizer is not None:
+            ids = special_tokens.ends(ids, self._tokenizer, alone=True)
         return ids
 
     def save_pretrained(
@@ -224,12 +227,12 @@ class Model:
     ) -> None:
         """Writes safetensors, configs and tokenizer; transformers loads the same weights back.
 
-        The arguments are those of `models.load.save_pretrained`.
+        The arguments are those of `models.save.save_pretrained`.
         """
         check("save_pretrained", others, SAVE, ("dtype", "max_shard_size", "tokenizer"))
         save_pretrained(
             save_directory, self.net, self.params, source=self.source, dtype=dtype,
-            tokenizer=tokenizer or self._tokenizer, max_shard_size=max_shard_size,
+            tokenizer=tokenizer, own_tokenizer=self._tokenizer, max_shard_size=max_shard_size,
             keep_vocab_padding=keep_vocab_padding,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ from jrlhf.models.arguments import SAVE_ADAPTER, check
 from jrlhf.models.build import Net, Params, linear_maps
 from jrlhf.models.build_encoder import AnyNet
 from jrlhf.models.hf.writer import write_json
-from jrlhf.models.load import flatten, to_host
+from jrlhf.models.load import flatten
 from jrlhf.models.lora import files, tree
 from jrlhf.models.lora.config import (
     CONFIG_FILE,
@@ -44,7 +44,8 @@ from jrlhf.models.lora.config import (
 )
 from jrlhf.models.lora.plan import Adapter, names_of
 from jrlhf.models.quantize import dense, holds_quantized
-from jrlhf.models.tokenizer import save_tokenizer
+from jrlhf.models.save import to_host
+from jrlhf.models.tokenizer_files import save_tokenizer
 from jrlhf.sharding.place import params_shardings
 
 __all__ = ["AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification", "LoraConfig",

@@ -21,11 +21,14 @@ _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 # Copies of the same weights in other layouts that some repositories carry.
 _IGNORED = ["onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*/*"]
+# Ours alone (`tokenizer_files`), and no part of a model.
+TOKENIZER_RECORD = ".tokenizer_of_model.json"
 # What an upload leaves out because the model has no more of it, of what it may find on the hub.
 _DIGITS = "[0-9]" * 5
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _REPLACED_BY_WEIGHTS = [
     SINGLE, INDEX, f"model-{_DIGITS}-of-{_DIGITS}.safetensors", "generation_config.json",
-    "adapter_config.json", "adapter_model.safetensors",
+    *ADAPTER,
 ]  # fmt: skip
 # A tokenizer takes them up, whoever's they are.
 _REPLACED_BY_TOKENIZER = [
@@ -231,6 +234,7 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             delete_patterns=_replaced(directory) or None,
+            ignore_patterns=[TOKENIZER_RECORD],
         )
     return str(done.pr_url if create_pr else done.commit_url)
 

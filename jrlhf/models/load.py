@@ -1,4 +1,4 @@
-"""From files to params on devices and back, for every format and family.
+"""From files to params on devices, for every format and family; `save` is the way back.
 
 A checkpoint (safetensors, GGUF, glassllm) offers tensors under Hugging Face's names; the family's
 weight table says where each lies in our tree; every device reads the part that its sharding wants.
@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import numpy as np
 
-from jrlhf.errors import ConfigError, MissingWeightError, ModelError
+from jrlhf.errors import ConfigError, MissingWeightError
 from jrlhf.models import attend, hub, vocabulary
-from jrlhf.models import tokenizer as tokenizers
 from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.encoder_spec import AnySpec
-from jrlhf.models.families import Weight, config_from_spec, spec_from_config
+from jrlhf.models.families import spec_from_config
 from jrlhf.models.gguf import GGUFCheckpoint
 from jrlhf.models.glassllm import GlassLLMCheckpoint
-from jrlhf.models.hf import writer
 from jrlhf.models.hf.mxfp4 import open_safetensors
 from jrlhf.models.hf.reader import Checkpoint
-from jrlhf.models.match import At, as_tied, match, places_of
+from jrlhf.models.match import as_tied, match, places_of
 from jrlhf.models.pieces import fill
-from jrlhf.models.quantize import holds_quantized
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 Params = dict[str, Any]
@@ -46,7 +39,6 @@ _READERS: dict[str, Callable[[Path], Checkpoint]] = {
 }
 # What families call the number of layers, and how many no model has.
 _DEPTHS, _DEEPEST = ("num_hidden_layers", "n_layer", "n_layers"), 10_000
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,8 @@ class Source:
     @classmethod
     def of(cls, found: Checkpoint) -> Source:
         """The origin of what is read from a checkpoint."""
-        return cls(found.kind, found.path, found.config, found.generation_config)
+        path = found.path.absolute()  # the directory of work may be another when it is saved
+        return cls(found.kind, path, found.config, found.generation_config)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -229,165 +222,3 @@ def nest(leaves: Mapping[Keys, Any]) -> Params:
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return tree
-
-
-def save_pretrained(
-    directory: str | Path,
-    net: AnyNet,
-    params: Params,
-    *,
-    source: Source | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str = "float32",
-    max_shard_size: int | str = "5GB",
-    keep_vocab_padding: bool = False,
-) -> Path:
-    """Writes a model directory that transformers loads with bitwise equal weights.
-
-    A save that fails leaves the weights of an earlier one as they were. With several processes
-    every one must call it; the first writes.
-
-    Args:
-        directory: made if absent; files of an earlier save are replaced. A tokenizer that was
-            saved there by itself stays, unless one is given.
-        net: the model.
-        params: stacked params, on any devices.
-        source: the model's origin: its tokenizer and the keys of its configs are kept.
-        tokenizer: written in place of the origin's.
-        dtype: type of the saved weights: float32, bfloat16 or float16.
-        max_shard_size: weights beyond it go into several files, e.g. "5GB".
-        keep_vocab_padding: also writes the rows that pad the vocabulary, as if they were tokens.
-
-    Raises:
-        ConfigError: an unknown dtype or size, no directory, values beyond the dtype.
-        UnsupportedModelError: the family's config has no words for the model.
-    """
-    if dtype not in SAVE_DTYPES:
-        raise ConfigError(f"dtype={dtype!r} cannot be saved; known: {', '.join(SAVE_DTYPES)}.")
-    if holds_quantized(params):
-        raise ModelError(
-            "A quantised base cannot be saved: save the adapter, or merge_and_unload() first."
-        )
-    max_bytes = writer.parse_size(max_shard_size)
-    if keep_vocab_padding:
-        net = net.of(net.spec.replace(vocab_size=net.spec.vocab_rows, vocab_padding=0))
-    # Every process finds out what is wrong before the first waits for the others' weights.
-    directory = hub.target(directory)
-    config = _config(net, source, tokenizer, dtype)
-    values = _export(net, params, np.dtype(dtype))
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = _tensors(net, np.dtype(dtype).itemsize)
-        writer.write_weights(directory, tensors, values, max_bytes=max_bytes)
-        _write_beside(directory, net, config, source, tokenizer)
-    else:
-        for _ in values:  # takes part in gathering what other processes hold
-            pass
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("jrlhf save_pretrained")
-    return directory
-
-
-def _config(
-    net: AnyNet, source: Source | None, tokenizer: PreTrainedTokenizerBase | None, dtype: str
-) -> dict[str, Any]:
-    """What config.json will say."""
-    origin = {} if source is None else source.config
-    config = writer.export_config(
-        config_from_spec(net.spec), origin, classifier=net.spec.head != "causal", dtype=dtype
-    )
-    if tokenizer is not None and config.get("pad_token_id") is None:
-        config["pad_token_id"] = tokenizer.pad_token_id
-    return config
-
-
-def _write_beside(
-    directory: Path,
-    net: AnyNet,
-    config: Mapping[str, Any],
-    source: Source | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """The configs and the tokenizer, when the weights are there."""
-    replaces = tokenizer is not None or tokenizers.is_of_model(directory)
-    writer.write_json(directory / "config.json", config)
-    path, generation = (None, None) if source is None else (source.path, source.generation_config)
-    if net.spec.head == "causal":
-        written = writer.export_generation_config(generation, config)
-        writer.write_json(directory / "generation_config.json", written)
-    elif not tokenizers.is_home(directory, path):
-        (directory / "generation_config.json").unlink(missing_ok=True)
-    if replaces:
-        tokenizers.save_tokenizer(directory, tokenizer=tokenizer, source=path)
-        tokenizers.mark_as_models(directory)
-
-
-def _leaf_order(net: AnyNet) -> list[dict[str, list[tuple[Keys, Weight, At]]]]:
-    """The order of the export: {tensor: the leaves it is made of}, one group of leaves at a time.
-
-    A group is one leaf, or the few whose tensors are fused: what lies in host memory together.
-    """
-    groups: list[dict[str, list[tuple[Keys, Weight, At]]]] = []
-    home: dict[str, dict[str, list[tuple[Keys, Weight, At]]]] = {}
-    for path in flatten(net.abstract()):
-        places = list(places_of(net.spec, path))
-        group = next((home[name] for _, name, _ in places if name in home), None)
-        if group is None:
-            group = {}
-            groups.append(group)
-        for row, name, at in places:
-            group.setdefault(name, []).append((path, row, at))
-            home[name] = group
-    return groups
-
-
-def _tensors(net: AnyNet, itemsize: int) -> list[writer.Tensor]:
-    return [
-        writer.Tensor(name, itemsize * int(np.prod(parts[0][1].hf_shape)))
-        for group in _leaf_order(net)
-        for name, parts in group.items()
-    ]
-
-
-def _export(net: AnyNet, params: Params, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor in the checkpoint's layout."""
-    leaves = flatten(params)
-    for group in _leaf_order(net):
-        held: dict[Keys, np.ndarray] = {}
-        for name, parts in group.items():
-            for path, _, _ in parts:
-                if path not in held:
-                    held[path] = to_host(leaves[path])
-            yield name, _cast(_assemble(held, parts), dtype, name)
-
-
-def _assemble(held: Mapping[Keys, np.ndarray], parts: list[tuple[Keys, Weight, At]]) -> np.ndarray:
-    """One tensor of the checkpoint from the leaves it is made of."""
-    path, row, at = parts[0]
-    if row.part is None:
-        return row.to_hf(held[path][at])
-    whole = np.empty(row.hf_shape, held[path].dtype)
-    for path, row, at in parts:
-        assert row.part is not None
-        row.part.put(whole, row.to_hf(held[path][at]))
-    return whole
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """A whole array on every process's host."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return jax.device_get(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _cast(value: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    """Casts, but not into infinity: float16 ends at 65504."""
-    with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
-    if dtype == np.float16 and np.isinf(cast).any() and np.isfinite(value).all():
-        raise ConfigError(f"{name} has values beyond float16; save as bfloat16 or float32.")
-    return cast

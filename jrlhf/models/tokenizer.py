@@ -1,27 +1,20 @@
-"""Tokenizers of every model we read, and what is written beside a saved one."""
+"""Tokenizers of every model we read."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jrlhf.errors import ModelError, TokenizerError
+from jrlhf.errors import TokenizerError
 from jrlhf.models import gguf_tokenizer, glassllm, hub
-from jrlhf.models.hf.reader import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What tokenizer.json says, too: where it lies, nothing is read from them.
-_VOCABULARIES = (
+VOCABULARIES = (
     "tokenizer.model",
     "spm.model",
     "sentencepiece.bpe.model",
@@ -29,15 +22,14 @@ _VOCABULARIES = (
     "vocab.txt",
     "merges.txt",
 )
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    *_VOCABULARIES,
+    *VOCABULARIES,
 )
-_TEMPLATES = "additional_chat_templates"
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -85,7 +77,7 @@ def _from_directory(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = loader.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        found = [name for name in _FILES if (path / name).is_file()]
+        found = [name for name in FILES if (path / name).is_file()]
         raise TokenizerError(
             f"{path} has no tokenizer that loads (files: {', '.join(found) or 'none'}): {error}"
         ) from error
@@ -94,102 +86,15 @@ def _from_directory(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def is_home(directory: Path, source: str | Path | None) -> bool:
-    """Whether a directory is the one that a model or tokenizer was loaded from."""
-    return source is not None and Path(source).resolve() == directory.resolve()
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every text the same ids."""
+    return one is other or _rules(one) == _rules(other)
 
 
-def is_of_model(directory: Path) -> bool:
-    """Whether a directory's tokenizer, if there is one, was put there by the save of a model.
-
-    One that was not is the user's, who wrote `tokenizer.save_pretrained(d)` and then
-    `model.save_pretrained(d)`.
-    """
-    files = [directory / name for name in (*_names(directory), "config.json")]
-    return not _names(directory) or len({_time(file) for file in files}) == 1
-
-
-def mark_as_models(directory: Path) -> None:
-    """Gives the tokenizer's files and the config one time: no two writes would have it."""
-    now = time.time_ns()
-    for name in (*_names(directory), "config.json"):
-        with contextlib.suppress(PermissionError):  # another user's file that was not written here
-            os.utime(directory / name, ns=(now, now))
-
-
-def _time(file: Path) -> int | None:
-    return file.stat().st_mtime_ns if file.is_file() else None
-
-
-def save_tokenizer(
-    directory: Path, *, tokenizer: PreTrainedTokenizerBase | None, source: Path | None
-) -> None:
-    """Writes a tokenizer into a model directory, in place of the one that lies there.
-
-    Vocabularies in older formats are not taken from the directory that the tokenizer or the model
-    was loaded from: nothing could make them again.
-
-    Args:
-        directory: exists already.
-        tokenizer: the one to write; None takes that of `source`.
-        source: the model's origin; its directory's files are copied as they are.
-    """
-    if tokenizer is None and (source is None or (is_home(directory, source) and _names(source))):
-        return
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer.") as made:
-        new = Path(made)
-        if tokenizer is not None:
-            _write(new, tokenizer)
-        elif source is not None and not (_copy(new, source) or _rebuild(new, source)):
-            return  # a model without a tokenizer is saved without one
-        spared = any(
-            is_home(directory, home) for home in (source, getattr(tokenizer, "name_or_path", None))
-        )
-        if (directory / _TEMPLATES).is_symlink():
-            (directory / _TEMPLATES).unlink()  # what it points at is another's
-        shutil.rmtree(directory / _TEMPLATES, ignore_errors=True)
-        kept = {path.name for path in new.iterdir()} | set(_VOCABULARIES if spared else ())
-        for path in new.iterdir():
-            os.replace(path, directory / path.name)
-        for name in set(_FILES) - kept:
-            # transformers would take a template or special tokens from it.
-            (directory / name).unlink(missing_ok=True)
-
-
-def _names(source: Path) -> list[str]:
-    return [name for name in _FILES if (source / name).is_file()]
-
-
-def _copy(new: Path, source: Path) -> bool:
-    """Copies the files of a model directory, as they are; False: it has none."""
-    for name in _names(source):
-        shutil.copyfile(source / name, new / name)
-    if _names(source) and (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, new / _TEMPLATES)
-    return bool(_names(source))
-
-
-def _rebuild(new: Path, source: Path) -> bool:
-    """Writes the tokenizer of a file that holds model and all; False: it has none that loads."""
-    try:
-        tokenizer = load_tokenizer(source)
-    except (TokenizerError, ModelError) as error:
-        if source.is_file():
-            warnings.warn(f"{source} is saved without a tokenizer: {error}", stacklevel=2)
-        return False
-    _write(new, tokenizer)
-    return True
-
-
-def _write(new: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.save_pretrained(str(new))
-    _rename_class(new / "tokenizer_config.json")
-
-
-def _rename_class(file: Path) -> None:
-    """transformers 5 writes a class name that 4 and the servers built on it do not know."""
-    config = read_json(file)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        file.write_text(text, encoding="utf-8")
+def _rules(tokenizer: Any) -> Any:
+    """What decides a tokenizer's ids: its tokenizer.json without the batching options."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    rules = json.loads(backend.to_str())
+    return {k: v for k, v in rules.items() if k not in ("padding", "truncation")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jrlhf.errors import ModelError, RewardError
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
+from jrlhf.models.tokenizer import same_tokenizer
 from jrlhf.rollout.devices import active, agree_max, put, round_up, row_shards, to_host
 from jrlhf.rollout.engine import bucket, pad_rows
 from jrlhf.rollout.score import outputs
@@ -29,22 +29,6 @@ def _scores(
 ) -> Float[Array, " b"] | None:
     with active(mesh):
         return outputs(net, params, batch).scores
-
-
-def same_tokenizer(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give every text the same ids."""
-    if one is other:
-        return True
-    return _rules(one) == _rules(other)
-
-
-def _rules(tokenizer: Any) -> Any:
-    """What decides a tokenizer's ids: its tokenizer.json without the batching options."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer.get_vocab()
-    rules = json.loads(backend.to_str())
-    return {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
 
 
 class RewardModel:

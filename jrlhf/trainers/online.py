@@ -17,6 +17,7 @@ from jrlhf.data.sources import load_rows
 from jrlhf.data.tokenize import prompt_rows
 from jrlhf.errors import ConfigError, PromptTooLongError
 from jrlhf.model import Model
+from jrlhf.models import special_tokens
 from jrlhf.rollout.collect import Plan
 from jrlhf.rollout.devices import round_up
 from jrlhf.rollout.engine import Engine, bucket
@@ -136,16 +137,9 @@ def make_engine(
 
 
 def eos_ids(model: Model, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the model's and the tokenizer's.
-
-    A model from a config alone may carry its class's default, an id that is a word of the
-    tokenizer: such ids count only if the tokenizer's is one of them.
-    """
-    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    ids = model.eos_token_ids
-    if model.source is not None and model.source.kind == "config" and own and own[0] not in ids:
-        ids = []
-    return list(dict.fromkeys([*ids, *own]))
+    """Every id that ends a completion: the model's and the tokenizer's."""
+    alone = model.source is not None and model.source.kind == "config"
+    return special_tokens.ends(model.eos_token_ids, tokenizer, alone=alone)
 
 
 def reward_suite(

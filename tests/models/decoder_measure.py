@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import transformers
 
-from jrlhf.models.load import load_pretrained, save_pretrained
+from jrlhf.models.load import load_pretrained
+from jrlhf.models.save import save_pretrained
 from jrlhf.ops.logps import token_logps
 from tests.models.decoder_cases import BASE
 from tests.models.quick import quick_jit

@@ -12,7 +12,8 @@ from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.build import Net, combine, partition
 from jrlhf.models.context import layer_flags
 from jrlhf.models.families import DECODERS, config_from_spec, family_of, spec_from_config
-from jrlhf.models.load import load_pretrained, save_pretrained
+from jrlhf.models.load import load_pretrained
+from jrlhf.models.save import save_pretrained
 
 # No two sizes alike where a family allows it, so that a swapped axis cannot fit.
 SMALL = {

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.parity
 import jax.numpy as jnp  # noqa: E402
 import transformers  # noqa: E402
 
-from jrlhf.models.load import load_pretrained, save_pretrained  # noqa: E402
+from jrlhf.models.load import load_pretrained  # noqa: E402
+from jrlhf.models.save import save_pretrained  # noqa: E402
 from tests.models.decoder_cases import CASES, GREEDY, NAMED  # noqa: E402
 from tests.models.decoder_measure import (  # noqa: E402
     NEW,

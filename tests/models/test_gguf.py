@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from jrlhf.errors import JrlhfError, ModelError, UnsupportedModelError
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.gguf_file import GGUFFile
-from jrlhf.models.load import load_pretrained, open_checkpoint, save_pretrained
+from jrlhf.models.load import load_pretrained, open_checkpoint
 from jrlhf.models.match import match
+from jrlhf.models.save import save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.rollout.score import outputs
 from tests.models.conftest import tensors_of

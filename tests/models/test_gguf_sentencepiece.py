@@ -6,7 +6,8 @@ import gguf
 import pytest
 
 from jrlhf.errors import TokenizerError
-from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from jrlhf.models.tokenizer import load_tokenizer
+from jrlhf.models.tokenizer_files import save_tokenizer
 from tests.models.gguf_cases import add_metadata
 from tests.models.plain import encode_text
 

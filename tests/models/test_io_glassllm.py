@@ -14,7 +14,8 @@ import pytest
 
 from jrlhf.errors import MissingFileError, MissingWeightError, ModelError
 from jrlhf.models.glassllm import SPECIALS, unpermute_rows
-from jrlhf.models.load import load_pretrained, save_pretrained
+from jrlhf.models.load import load_pretrained
+from jrlhf.models.save import save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
 from tests.models.plain import encode_text
 

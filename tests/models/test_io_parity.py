@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jrlhf.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
-from jrlhf.models.load import load_pretrained, save_pretrained
+from jrlhf.models.load import load_pretrained
+from jrlhf.models.save import save_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

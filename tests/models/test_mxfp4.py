@@ -13,7 +13,8 @@ import pytest
 from jrlhf.errors import MissingWeightError, ModelError, UnsupportedModelError
 from jrlhf.models.hf.mxfp4 import decode
 from jrlhf.models.hf.reader import read_json
-from jrlhf.models.load import load_pretrained, open_checkpoint, save_pretrained
+from jrlhf.models.load import load_pretrained, open_checkpoint
+from jrlhf.models.save import save_pretrained
 from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import params_shardings
 from tests.models.conftest import Tensors, tensors_of, write_hf

@@ -9,20 +9,16 @@ from typing import Any
 
 import jax
 import pytest
-from transformers import AutoTokenizer
 
 from jrlhf import AutoModelForCausalLM
 from jrlhf.errors import ConfigError, MissingFileError, ModelError, UnsupportedModelError
-from jrlhf.models.load import load_pretrained, save_pretrained
-from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from jrlhf.models.load import load_pretrained
+from jrlhf.models.save import save_pretrained
+from jrlhf.models.tokenizer import load_tokenizer
 from jrlhf.peft import LoraConfig, get_peft_model
-from tests.models.conftest import CONFIG, HFDirectory, tensors_of, write_hf
-from tests.rollout.conftest import word_tokenizer
+from tests.models.conftest import CONFIG, HFDirectory
 
 INDEX = "model.safetensors.index.json"
-WORDS = [f"w{i}" for i in range(3, 40)]
-# Files of old layouts, which transformers' tokenizers of today do not write.
-MAP, SLOW = "special_tokens_map.json", "vocab.json"
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -31,20 +27,6 @@ def contents(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file()
     }
-
-
-def tokenizer_with(template: Any = None, *, words: list[str] = WORDS, added: int = 0) -> Any:
-    tokenizer = word_tokenizer(words)
-    tokenizer.add_tokens([f"<added{i}>" for i in range(added)])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def model_with(directory: Path, template: Any = None, **changes: Any) -> Any:
-    """A model whose own directory has a tokenizer."""
-    write_hf(directory, CONFIG, tensors_of(CONFIG))
-    tokenizer_with(template, **changes).save_pretrained(directory)
-    return AutoModelForCausalLM.from_pretrained(directory)
 
 
 # ------------------------------------------------------------------ weights
@@ -173,103 +155,6 @@ def test_a_shard_that_no_file_can_be_is_named(hf_directory: HFDirectory, letter:
             load_pretrained(origin)
 
 
-# ------------------------------------------------------------------ the tokenizer
-
-
-@pytest.mark.parametrize("home", [False, True])
-def test_a_tokenizer_without_a_template_replaces_one_with(tmp_path: Path, home: bool) -> None:
-    """Also in the directory that the model came from: what is given is what loads again."""
-    model = model_with(tmp_path / "a", {"default": "old", "other": "older"})
-    target = tmp_path / ("a" if home else "b")
-    model.save_pretrained(target)
-    assert load_tokenizer(target).chat_template == {"default": "old", "other": "older"}
-    (target / MAP).write_text('{"eos_token": "w7"}')
-    (target / SLOW).write_text("{}")
-    (target / "notes.txt").write_text("mine")
-    model.save_pretrained(target, tokenizer=tokenizer_with())
-    for again in (load_tokenizer(target), AutoTokenizer.from_pretrained(target)):
-        assert (again.chat_template, again.eos_token) == (None, "</s>")
-    files = contents(target).keys()
-    assert not any(name.endswith(".jinja") or name.startswith(".") for name in files)
-    # A vocabulary of the model's own directory could not be made again.
-    assert (SLOW in files) == home
-    assert "notes.txt" in files
-
-
-@pytest.mark.parametrize("words", [WORDS, WORDS[::-1]])
-def test_the_origins_tokenizer_replaces_that_of_an_earlier_model_whole(
-    tmp_path: Path, words: list[str]
-) -> None:
-    """Also one with the same vocabulary: a chat model's over its base's."""
-    first = model_with(tmp_path / "a", "old", words=words)
-    second = model_with(tmp_path / "b")
-    first.save_pretrained(tmp_path / "out")
-    assert load_tokenizer(tmp_path / "out").chat_template == "old"
-    second.save_pretrained(tmp_path / "out")
-    again = load_tokenizer(tmp_path / "out")
-    assert (again.chat_template, again.eos_token) == (None, "</s>")
-    assert again.get_vocab() == load_tokenizer(tmp_path / "b").get_vocab()
-
-
-def test_a_tokenizer_that_was_saved_first_is_kept(models: Any, tmp_path: Path) -> None:
-    tokenizer = tokenizer_with("mine", added=2)
-    for name, model in {"with": model_with(tmp_path / "a", "old"), "without": models[0]}.items():
-        for turn in range(3):
-            if turn != 1:  # saved once, and the model again and again
-                tokenizer.save_pretrained(tmp_path / name)
-            model.save_pretrained(tmp_path / name)
-            again = load_tokenizer(tmp_path / name)
-            assert (again.chat_template, len(again)) == ("mine", len(tokenizer))
-
-
-def test_a_tokenizer_that_was_saved_first_is_kept_beside_an_origin_of_old_files(
-    tmp_path: Path,
-) -> None:
-    """Nothing tells whether an origin's vocab.txt is the vocabulary that was saved."""
-    write_hf(tmp_path / "a", CONFIG, tensors_of(CONFIG))
-    (tmp_path / "a" / "vocab.txt").write_text("[UNK]\nword\n")
-    tokenizer_with("mine").save_pretrained(tmp_path / "out")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "out")
-    assert load_tokenizer(tmp_path / "out").chat_template == "mine"
-    assert not (tmp_path / "out" / "vocab.txt").exists()
-
-
-def test_a_directory_keeps_its_tokenizer_when_its_own_model_is_saved_there(tmp_path: Path) -> None:
-    model = model_with(tmp_path / "a", "old")
-    (tmp_path / "a" / "tokenizer.model").write_bytes(b"pieces")
-    tokens = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"}
-    before = contents(tmp_path / "a")
-    model.save_pretrained(tmp_path / "a", max_shard_size=1)
-    after = contents(tmp_path / "a")
-    assert {name: after[name] for name in tokens} == {name: before[name] for name in tokens}
-
-
-def test_a_vocabulary_beside_the_tokenizer_that_is_given_is_kept(tmp_path: Path) -> None:
-    tokenizer_with().save_pretrained(tmp_path)
-    (tmp_path / SLOW).write_text("{}")
-    save_tokenizer(tmp_path, tokenizer=load_tokenizer(tmp_path), source=None)
-    assert (tmp_path / SLOW).is_file()
-
-
-def test_templates_that_lie_elsewhere_stay_there(tmp_path: Path) -> None:
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "other.jinja").write_text("older")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "additional_chat_templates").symlink_to(tmp_path / "theirs")
-    templates = {"default": "new", "mine": "newer"}
-    save_tokenizer(tmp_path / "out", tokenizer=tokenizer_with(templates), source=None)
-    assert load_tokenizer(tmp_path / "out").chat_template == templates
-    assert (tmp_path / "theirs" / "other.jinja").read_text() == "older"
-
-
-def test_a_tokenizer_that_cannot_be_written_leaves_the_other(tmp_path: Path) -> None:
-    save_tokenizer(tmp_path, tokenizer=tokenizer_with("old"), source=None)
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match="template name"):
-        save_tokenizer(tmp_path, tokenizer=tokenizer_with({"../out": "x"}), source=None)
-    assert contents(tmp_path) == before
-
-
 def test_a_classifier_has_no_generation_config(hf_directory: HFDirectory, tmp_path: Path) -> None:
     origin, _ = hf_directory()
     (origin / "generation_config.json").write_text('{"top_p": 0.9}')
@@ -281,3 +166,19 @@ def test_a_classifier_has_no_generation_config(hf_directory: HFDirectory, tmp_pa
     # Its own directory's says how the origin generates, and nothing here could say it again.
     save_pretrained(origin, net, params, source=source)
     assert (origin / "generation_config.json").read_text() == '{"top_p": 0.9}'
+
+
+def test_an_adapter_does_not_lie_over_the_model_it_was_merged_into(
+    hf_directory: HFDirectory, tmp_path: Path
+) -> None:
+    """transformers loads the adapter of a directory over its weights."""
+    base = AutoModelForCausalLM.from_pretrained(hf_directory()[0])
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    assert "adapter_config.json" in contents(tmp_path)
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    assert {name for name in contents(tmp_path) if "adapter" in name} == {
+        "other/adapter_config.json",
+        "other/adapter_model.safetensors",
+    }

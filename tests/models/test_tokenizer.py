@@ -11,7 +11,9 @@ import regex
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jrlhf.errors import MissingFileError, TokenizerError
-from jrlhf.models.tokenizer import load_tokenizer, save_tokenizer
+from jrlhf.models.hub import TOKENIZER_RECORD
+from jrlhf.models.tokenizer import load_tokenizer
+from jrlhf.models.tokenizer_files import save_tokenizer
 from tests.models.gguf_cases import add_metadata
 from tests.models.plain import encode_text
 
@@ -207,6 +209,8 @@ def test_files_of_the_origin_are_copied_as_they_are(tmp_path):
     (origin / "notes.txt").write_text("not a tokenizer's")
     save_tokenizer(target, tokenizer=None, source=origin)
     copied = {file.name: file.read_bytes() for file in target.iterdir()}
+    assert TOKENIZER_RECORD in copied
+    del copied[TOKENIZER_RECORD]
     assert copied == {
         file.name: file.read_bytes() for file in origin.iterdir() if file.name != "notes.txt"
     }

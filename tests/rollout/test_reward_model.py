@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jrlhf.errors import ModelError, RewardError
-from jrlhf.rollout.reward_model import RewardModel, same_tokenizer
+from jrlhf.models.tokenizer import same_tokenizer
+from jrlhf.rollout.reward_model import RewardModel
 from jrlhf.rollout.rewards import Completions, RewardSuite
 from jrlhf.train.metrics import compiles
 from tests.rollout.conftest import EOS, PAD, VOCAB, Model, word_tokenizer

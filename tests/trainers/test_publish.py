@@ -15,6 +15,7 @@ import yaml
 from jrlhf import AutoModelForCausalLM
 from jrlhf.errors import ConfigError, HubError
 from jrlhf.model import Model
+from jrlhf.models.hub import TOKENIZER_RECORD
 from jrlhf.peft import LoraConfig, get_peft_model
 from tests.fields.bench import Bench
 from tests.rollout.conftest import word_tokenizer
@@ -114,6 +115,12 @@ def test_a_model_and_its_card_go_into_one_directory(
     trainer.save_model("~/saved")
     there = {path.name for path in (tmp_path / "home" / "saved").iterdir()}
     assert {"README.md", "config.json", "model.safetensors"} <= there
+    trainer = bench.trainer("sft", output_dir="~/run", max_steps=1, save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    there = {path.name for path in (tmp_path / "home" / "run").iterdir()}
+    assert there == {"metrics.jsonl", "checkpoint-1", "model"}
     assert not Path("~").exists()
     with pytest.raises(ConfigError, match=r"saved into a directory, got 3 \(int\)"):
         trainer.save_model(3)
@@ -135,6 +142,8 @@ def test_a_model_uploads_itself(bench: Bench, standin_hub: StandInHub) -> None:
     assert (commit.repo, commit.message) == ("org/alone", "Here")
     assert standin_hub.repos == {"org/alone": True}
     assert json.loads(commit.files["config.json"])["dtype"] == "bfloat16"
+    assert "tokenizer.json" in commit.files
+    assert TOKENIZER_RECORD not in commit.files
     wrong: list[Any] = ["../elsewhere", None, 3, Path("org/alone")]
     for name in wrong:
         with pytest.raises(ConfigError, match=rf"^{re.escape(repr(name))} is no id on the hub"):
