@@ -19,7 +19,7 @@ from jrlhf.errors import ConfigError, ModelError, suggest
 from jrlhf.model import Model as Model
 from jrlhf.model import ModelOutput as ModelOutput
 from jrlhf.models import arguments, hub
-from jrlhf.models.adapter import read_adapter
+from jrlhf.models.adapter import read_adapter, vocabulary_of
 from jrlhf.models.attend import choose_for, named
 from jrlhf.models.build_encoder import AnyNet, net_of
 from jrlhf.models.families import CHOICES, spec_from_config
@@ -89,22 +89,20 @@ class _Auto:
         if (base := base_of(found)) is not None:
             adapter, name, found = found, base, hub.resolve(base)
         net, params, source = load_pretrained(
-            found,
-            dtype=dtype,
-            param_dtype=_dtype(param_dtype),
-            num_layers_unfrozen=num_layers_unfrozen,
-            remat=remat,
+            found, dtype=dtype, param_dtype=_dtype(param_dtype),
+            num_layers_unfrozen=num_layers_unfrozen, remat=remat,
             attention=attention,
             platform=_platform(placed),
             shardings=None if placed is None else functools.partial(params_shardings, mesh=placed),
             key=_key(seed),
             keeper=functools.partial(_keeper, kind=kind, adapter=adapter),
             **choices,
-        )
+        )  # fmt: skip
         if kind is not None and placed is not None:  # the compiler may have left codes whole
             params = jax.device_put(params, params_shardings(net, params, placed))
         model = Model(net, params, source=source, mesh=placed, name_or_path=str(name))
-        return model if adapter is None else _with_adapter(model, adapter)
+        multiple = choices.get("pad_vocab_to_multiple_of", 1)
+        return model if adapter is None else _with_adapter(model, adapter, multiple)
 
     @classmethod
     def _taken(cls, more: dict[str, Any]) -> dict[str, Any]:
@@ -167,13 +165,18 @@ def _refuse(by_place: tuple[Any, ...]) -> None:
 def _keeper(net: AnyNet, *, kind: str | None, adapter: str | Path | None) -> Keep:
     """What becomes of each leaf; before the first is read, whether the adapter fits."""
     if adapter is not None:
-        read_adapter(net, adapter)
+        size = vocabulary_of(net, Path(adapter))
+        read_adapter(net.of(net.spec.replace(vocab_size=size, vocab_padding=0)), adapter)
     return (lambda path, leaf: leaf) if kind is None else quantizer(net.spec, kind)
 
 
-def _with_adapter(model: Model, directory: str | Path) -> Model:
+def _with_adapter(model: Model, directory: str | Path, multiple: int) -> Model:
+    """The base with the adapter; where its tokens are more, it is given room for them."""
     from jrlhf.peft import PeftModel
 
+    size = vocabulary_of(model.net, Path(directory))
+    if size != model.net.spec.vocab_size:
+        model.resize_token_embeddings(size, pad_to_multiple_of=multiple)
     return PeftModel.from_pretrained(model, directory, is_trainable=True)
 
 

@@ -34,7 +34,7 @@ from jrlhf.models.build import Net, Params, linear_maps
 from jrlhf.models.build_encoder import AnyNet
 from jrlhf.models.hf.writer import write_json
 from jrlhf.models.load import flatten
-from jrlhf.models.lora import files, tree
+from jrlhf.models.lora import files, tables, tree
 from jrlhf.models.lora.config import (
     CONFIG_FILE,
     LoraConfig,
@@ -98,6 +98,7 @@ class PeftModel(Model):
         self.peft_config: dict[str, LoraConfig] = {}
         self.is_trainable, self.base_is_reference = True, False
         self._plans: dict[str, Adapter] = {}
+        self._own_tables = False  # whether an adapter's file brought the base's
 
     @classmethod
     def from_pretrained(
@@ -151,8 +152,10 @@ class PeftModel(Model):
     ) -> None:
         """Adds the adapter of a directory or hub id; see `from_pretrained`."""
         self._unknown(adapter_name)
-        chosen, plan, values = read_adapter(self.net, model_id, adapter_name)
+        chosen, plan, values, beside = read_adapter(self.net, model_id, adapter_name)
         own = jax.device_put(values, self._layout(plan))
+        for path, table in beside.items():
+            self._lay(path, table)
         self.is_trainable = is_trainable
         self._hold(adapter_name, chosen, plan, own)
 
@@ -256,10 +259,11 @@ class PeftModel(Model):
             leaves = {
                 path: to_host(leaf) for path, leaf in flatten(self.params[tree.KEY][name]).items()
             }
+            beside = self._tables(self._plans[name])
             if jax.process_index() != 0:
                 continue
             target = directory if name == "default" else directory / name
-            files.write(target, leaves, self._plans[name], rows, dtype=dtype)
+            files.write(target, leaves, self._plans[name], rows, beside=beside, dtype=dtype)
             wanted = names_of(self._plans[name], linear_maps(self.net.spec))
             config = written_config(
                 self.peft_config[name], base=self.name_or_path, target_modules=wanted
@@ -320,6 +324,21 @@ class PeftModel(Model):
         self.params = {**params, tree.KEY: {**params[tree.KEY], name: own}}
         self.peft_config[name], self._plans[name] = chosen, plan
 
+    def _lay(self, path: tuple[str, ...], table: np.ndarray) -> None:
+        """Puts a table into the base's place; the model that the base came from keeps its own."""
+        params, self._own_tables = self.params, True
+        old = tree.get(params, path)
+        beyond = [(0, whole - size) for whole, size in zip(old.shape, table.shape, strict=True)]
+        new = jax.device_put(np.pad(table, beyond).astype(old.dtype), old.sharding)
+        self.params = tree.with_entry(params, path, new)
+
+    def _tables(self, plan: Adapter) -> dict[str, np.ndarray]:
+        """What of the base its origin does not have: tables that were resized, or came beside."""
+        spec, origin = self.net.spec, {} if self.source is None else self.source.config
+        if not self._own_tables and origin.get("vocab_size", spec.vocab_size) == spec.vocab_size:
+            return {}
+        return tables.whole(self.params, tree.weights(spec), tree.tied_head(spec), plan.saved)
+
     def _known(self, name: str) -> None:
         if name not in self._plans:
             raise ConfigError(
@@ -339,7 +358,7 @@ class PeftModel(Model):
         changed = PeftModel(Model._with(self, self.net.base, params))
         changed.net, changed.params = net, params
         changed.peft_config, changed._plans = dict(self.peft_config), dict(self._plans)
-        changed.is_trainable = self.is_trainable
+        changed.is_trainable, changed._own_tables = self.is_trainable, self._own_tables
         changed.base_is_reference = self.base_is_reference
         return changed
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from jrlhf.errors import ConfigError, ModelError
 from jrlhf.models import hub
 from jrlhf.models.build import Net, Params
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
-from jrlhf.models.load import flatten, nest
-from jrlhf.models.lora import files, tree
+from jrlhf.models.load import Keys, flatten, nest
+from jrlhf.models.lora import files, tables, tree
 from jrlhf.models.lora.config import LoraConfig, read_config
 from jrlhf.models.lora.plan import Adapter
 
 
+def vocabulary_of(net: AnyNet, directory: Path) -> int:
+    """How many tokens the base of an adapter has: the net's, unless its file holds other tables."""
+    found = tables.vocabulary_of(directory, tree.weights(net.spec))
+    return net.spec.vocab_size if found is None else found
+
+
 def read_adapter(
     net: AnyNet, model_id: str | Path, adapter_name: str = "default"
-) -> tuple[LoraConfig, Adapter, Params]:
+) -> tuple[LoraConfig, Adapter, Params, dict[Keys, np.ndarray]]:
     """The adapter of a directory or hub id: its config, its plan, and its values on the host.
+
+    Last the base's embedding tables, where PEFT laid them beside an adapter.
 
     Args:
         net: the base that it shall fit.
@@ -32,7 +42,9 @@ def read_adapter(
     chosen = read_config(directory)
     plan = base.adapter(chosen, name=adapter_name, strict=False)
     shapes = {path: leaf.shape for path, leaf in flatten(abstract(base, plan)).items()}
-    return chosen, plan, nest(files.read(directory, plan, tree.weights(net.spec), shapes))
+    weights, tied = tree.weights(net.spec), tree.tied_head(base.spec)
+    own, beside = files.read(directory, plan, weights, shapes, tied)
+    return chosen, plan, nest(own), beside
 
 
 def check_base(net: AnyNet, name: str) -> Net:

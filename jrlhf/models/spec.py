@@ -305,6 +305,12 @@ class DecoderSpec:
             )
 
     @property
+    def context(self) -> int | None:
+        """Tokens of the longest text; None: the rotation grows with the text (type dynamic)."""
+        dynamic = self.positions == "rotary" and self.rope.rope_type == "dynamic"
+        return None if dynamic else self.max_position_embeddings
+
+    @property
     def trainable_layers(self) -> int:
         """Layers above the frozen trunk."""
         return self.num_hidden_layers - self.trunk_layers

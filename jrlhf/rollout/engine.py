@@ -226,7 +226,7 @@ class Engine:
     def _check(
         self, prompts: Sequence[Sequence[int]], given: int, width: int | None, limit: int
     ) -> None:
-        context = self.net.spec.max_position_embeddings
+        context = self.net.spec.context
         if limit < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {limit!r}.")
         if given != len(prompts):
@@ -243,7 +243,7 @@ class Engine:
                 raise PromptTooLongError(
                     f"Prompt {i} has {len(prompt)} tokens, prompt_length is {width}."
                 )
-            if len(prompt) + limit > context:
+            if context is not None and len(prompt) + limit > context:
                 raise PromptTooLongError(
                     f"Prompt {i} has {len(prompt)} tokens; with {limit} new tokens it exceeds "
                     f"the model's context of {context}."

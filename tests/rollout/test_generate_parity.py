@@ -60,3 +60,22 @@ def test_greedy_arrays_equal_those_of_transformers(pair: Any, extra: dict[str, A
     found = generate_like_transformers(ours.net, ours.params, ids, mask, **options)
     np.testing.assert_array_equal(found, wanted)
     assert (wanted[:, -1] == 0).any()  # some rows ended early
+
+
+def test_dynamic_rope_generates_beyond_the_length_where_it_begins_to_grow(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        rope_parameters=rope, initializer_range=0.5, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    net, params, _ = load_pretrained(str(tmp_path))
+    for length in (12, 20):
+        # A new one each time: it remembers the longest text that it has read.
+        theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+        ids = np.random.default_rng(length).integers(3, 61, (1, length))
+        wanted = theirs.generate(torch.tensor(ids), do_sample=False, max_new_tokens=12).numpy()
+        found = generate_like_transformers(net, params, ids, max_new_tokens=12)
+        np.testing.assert_array_equal(found, wanted)

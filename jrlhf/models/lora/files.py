@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ from jrlhf.errors import MissingFileError, MissingWeightError
 from jrlhf.models.families import Weight
 from jrlhf.models.hf.safetensors_file import SafetensorsFile
 from jrlhf.models.hf.writer import replace_file
+from jrlhf.models.lora import tables
 from jrlhf.models.lora.config import WEIGHTS_FILE
 from jrlhf.models.lora.plan import EMBEDDING, Adapter, Target, Weights
 from jrlhf.models.lora.plan import Path as Keys
 
-_PREFIX = "base_model.model."
 _LISTED = 20
 
 
@@ -52,14 +52,14 @@ def tensors(
     for target in adapter.targets:
         for at, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
             if rank:
-                yield from _of_map(target, at, f"{_PREFIX}{name}", rank, shapes)
+                yield from _of_map(target, at, f"{tables.PREFIX}{name}", rank, shapes)
     for row, places in weights:
         for name, path, layer in places:
             if path in adapter.saved:
                 stack = layer if isinstance(layer, tuple) else (layer,)
-                yield Tensor(_PREFIX + name, row, path, () if layer is None else stack)
+                yield Tensor(tables.PREFIX + name, row, path, () if layer is None else stack)
                 if adapter.tied_head and path == EMBEDDING:
-                    yield Tensor(_PREFIX + adapter.tied_head, row, path, (), copied=True)
+                    yield Tensor(tables.PREFIX + adapter.tied_head, row, path, (), copied=True)
 
 
 def _of_map(
@@ -112,14 +112,15 @@ def write(
     adapter: Adapter,
     weights: Weights,
     *,
+    beside: Mapping[str, np.ndarray],
     dtype: str = "float32",
 ) -> None:
-    """Writes adapter_model.safetensors; `leaves` are whole, on the host."""
+    """Writes adapter_model.safetensors; `leaves` are whole, on the host, `beside` the base's."""
     from safetensors.numpy import save_file
 
     held = {
         name: np.ascontiguousarray(value.astype(dtype))
-        for name, value in assemble(leaves, adapter, weights).items()
+        for name, value in {**beside, **assemble(leaves, adapter, weights)}.items()
     }
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(
@@ -128,9 +129,16 @@ def write(
 
 
 def read(
-    directory: Path, adapter: Adapter, weights: Weights, shapes: dict[Keys, tuple[int, ...]]
-) -> dict[Keys, np.ndarray]:
+    directory: Path,
+    adapter: Adapter,
+    weights: Weights,
+    shapes: dict[Keys, tuple[int, ...]],
+    tied_head: str,
+) -> tuple[dict[Keys, np.ndarray], dict[Keys, np.ndarray]]:
     """Reads the leaves of an adapter, float32, padded with zeros to the stack's rank.
+
+    Returns:
+        The leaves, and the base's embedding tables where the file holds them (`tables`).
 
     Raises:
         MissingFileError: no adapter_model.safetensors.
@@ -158,6 +166,8 @@ def read(
             )
         else:
             leaves[tensor.path][tensor.part][tensor.row.inside] = tensor.row.from_hf(value)
+    beside, misfits = tables.take(found, used, weights, tied_head)
+    problems += misfits
     unexpected = [name for name in found if name not in used]
     problems += [f"unexpected: {name}" for name in unexpected]
     if problems:
@@ -166,8 +176,14 @@ def read(
         raise MissingWeightError(
             f"{file} does not fit this base and its own adapter_config.json "
             f"({len(problems)} differences):\n  {lines}{_low_rank_hint(unexpected)}"
+            f"{_size_hint(directory, weights) if misfits else ''}"
         )
-    return leaves
+    return leaves, beside
+
+
+def _size_hint(directory: Path, weights: Weights) -> str:
+    size = tables.vocabulary_of(directory, weights)
+    return f"\n  Its base has {size} tokens: model.resize_token_embeddings({size}) first."
 
 
 def _low_rank_hint(unexpected: list[str]) -> str:
