@@ -51,10 +51,14 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
     sizes = configs.sizes(config, _SIZES)
     hidden, width = sizes["hidden_size"], int(config.get("conv_kernel_size") or 0)
     heads = configs.heads(hidden, int(config.get("num_attention_heads", 24)))
-    plain = {"pooler_hidden_size": hidden, "attention_head_size": heads["head_dim"]}
-    configs.refuse(config, conv_groups=1, **plain)
+    configs.refuse(
+        config,
+        attention_head_size=(heads["head_dim"], "its heads share the hidden size"),
+        pooler_hidden_size=(hidden, "the classifier's dense layer has the hidden size"),
+        **({"conv_groups": (1, "each channel of the convolution reads all")} if width else {}),
+    )
     if width and width % 2 == 0:
-        raise UnsupportedModelError(f"conv_kernel_size={width} is even: texts would change length.")
+        raise UnsupportedModelError(f"conv_kernel_size={width} must be odd: texts keep their size.")
     terms = config.get("pos_att_type") or ()
     terms = terms.lower().split("|") if isinstance(terms, str) else terms
     terms = tuple(sorted({str(term).strip() for term in terms}))
