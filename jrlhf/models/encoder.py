@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         else:
             self.q, self.k, self.v = into(bias=bias), into(bias=bias), into(bias=bias)
         relative = spec.relative
-        if relative is not None and not relative.share_keys:
+        if relative is not None and relative.attention and not relative.share_keys:
             if "c2p" in relative.terms:
                 self.position_k = into(bias=True)
             if "p2c" in relative.terms:
@@ -242,10 +242,10 @@ class Embedding(nnx.Module):
                 spec, keys, (width,), (spec.hidden_size,), (None, "embed"), bias=False
             )
         self.norm = LayerNorm(spec, bias=spec.norm_bias)
-        if spec.relative is not None:
+        if spec.relative is not None and spec.relative.attention:
             self.relative = table(2 * spec.relative.span, spec.hidden_size)
-            if spec.relative.norm:
-                self.relative_norm = LayerNorm(spec)
+        if spec.relative is not None and spec.relative.norm:
+            self.relative_norm = LayerNorm(spec)
         if spec.conv_kernel_size:
             self.conv = Convolution(spec, keys)
 
@@ -267,7 +267,7 @@ class Embedding(nnx.Module):
     def distances(self, length: int) -> Float[Array, "t d"] | None:
         """The vector of every distance in a text of so many tokens."""
         relative = self.spec.relative
-        if relative is None or not relative.terms:
+        if relative is None or not (relative.attention and relative.terms):
             return None
         table = self.relative[...].astype(jnp.float32)
         table = self.relative_norm(table) if relative.norm else table

@@ -37,14 +37,17 @@ class RelativeSpec:
     """Relative positions of disentangled attention (DeBERTa).
 
     Attributes:
+        attention: the scores use them; off: no table of positions, and only what a checkpoint holds
+            all the same is kept.
         terms: which products with a position are added to content-to-content: "c2p", "p2c".
         buckets: distances on each side that have vectors of their own, farther ones sharing them
             logarithmically; 0: every distance has one.
         max_distance: distances beyond it are taken for it.
         share_keys: positions go through the projections of the content.
-        norm: LayerNorm on the position vectors.
+        norm: LayerNorm on the position vectors; its weights are there without these too.
     """
 
+    attention: bool = True
     terms: tuple[str, ...] = ()
     buckets: int = 0
     max_distance: int = 512
@@ -52,6 +55,8 @@ class RelativeSpec:
     norm: bool = False
 
     def __post_init__(self) -> None:
+        if not self.attention:  # what nobody reads is right as it is
+            return
         for term in self.terms:
             _known("pos_att_type", term, POSITION_TERMS)
         if self.buckets and not 2 <= self.buckets < 2 * (self.max_distance - 1):
@@ -88,7 +93,7 @@ class EncoderSpec:
         local_rope: rotary positions of local attention.
         local: per layer, whether its attention is local; () for none.
         window: farthest token, on either side, that local attention reads.
-        relative: disentangled attention; None: plain.
+        relative: disentangled attention; None: the family has none.
         conv_kernel_size: width of the convolution beside the first layer, 0: none.
         pooling: "first" token or "mean" of all real ones.
         pooler_act: activation of the dense layer between pooled state and classifier.

@@ -162,6 +162,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         DEBERTA
         | {"relative_attention": False, "norm_rel_ebd": "none", "position_biased_input": True},
     ),
+    "DeBERTa-v2: relative attention off, its norm kept": (
+        "DebertaV2",
+        DEBERTA | {"relative_attention": False, "position_buckets": 200, "pos_att_type": "p2c"},
+    ),
 }
 
 

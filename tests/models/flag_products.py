@@ -206,6 +206,16 @@ DECODERS: dict[str, Flags] = {
 BERT = {"sizes": (encoder_cases.BASE,)}
 LABELS = {"labels": switch("num_labels", 1, 3)}
 PAD = {"padding id": switch("pad_token_id", 0, 1)}
+TERMS = switch("pos_att_type", "c2p", "p2c", "p2c|c2p")
+DEBERTA = {
+    "normed positions": switch("norm_rel_ebd", "none", "layer_norm"),
+    "absolute positions": switch("position_biased_input"),
+    "token types": switch("type_vocab_size", 0, 2),
+    "convolution": ({}, {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    "embeddings": switch("embedding_size", 32, 20),
+    "activations": ({}, {"hidden_act": "relu", "pooler_hidden_act": "tanh"}),
+}
+# By transformers' class; what follows it tells two products of one family apart.
 ENCODERS: dict[str, Flags] = {
     "Bert": {
         **BERT,
@@ -249,15 +259,21 @@ ENCODERS: dict[str, Flags] = {
     },
     "DebertaV2": {
         "sizes": (encoder_cases.DEBERTA | {"attention_head_size": 8, "num_labels": 3},),
-        "terms": switch("pos_att_type", "c2p", "p2c", "p2c|c2p"),
+        "terms": TERMS,
         "shared keys": switch("share_att_key"),
         "buckets": switch("position_buckets", -1, 8),
-        "normed positions": switch("norm_rel_ebd", "none", "layer_norm"),
-        "absolute positions": switch("position_biased_input"),
-        "token types": switch("type_vocab_size", 0, 2),
-        "convolution": ({}, {"conv_kernel_size": 3, "conv_act": "gelu"}),
-        "embeddings": switch("embedding_size", 32, 20),
-        "activations": ({}, {"hidden_act": "relu", "pooler_hidden_act": "tanh"}),
+        **DEBERTA,
+    },
+    # Of relative positions two things are left: the terms still count in the scores' divisor, and
+    # the norm still has its weights. The rest is not read, whatever it is.
+    "DebertaV2 without relative attention": {
+        "sizes": (
+            encoder_cases.DEBERTA
+            | {"relative_attention": False, "share_att_key": False, "position_buckets": 200}
+            | {"attention_head_size": 8, "num_labels": 3},
+        ),
+        "terms": TERMS,
+        **DEBERTA,
     },
 }  # fmt: skip
 
@@ -265,9 +281,11 @@ ENCODERS: dict[str, Flags] = {
 EPS = {"rms_norm_eps": 0.1}
 BALANCE = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 NUMBERS: dict[str, Changes] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3"), EPS),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), EPS),
     **dict.fromkeys(("olmo2", "smollm3", "granite"), EPS),
-    "gemma3_text": EPS | {"query_pre_attn_scalar": 10},
+    "phi3": EPS | {"original_max_position_embeddings": 14},
+    "gemma2": EPS | {"sliding_window": 7},
+    "gemma3_text": EPS | {"query_pre_attn_scalar": 10, "sliding_window": 7},
     "cohere": {"layer_norm_eps": 0.1},
     "gpt2": {"layer_norm_epsilon": 0.1},
     "gpt_neox": {"layer_norm_eps": 0.1},
@@ -275,13 +293,13 @@ NUMBERS: dict[str, Changes] = {
     "opt": {},
     "mixtral": EPS | BALANCE,
     "qwen3_moe": EPS | BALANCE,
-    "gpt_oss": EPS | BALANCE | {"swiglu_alpha": 1.1},
+    "gpt_oss": EPS | BALANCE | {"swiglu_alpha": 1.1, "sliding_window": 7},
     "Bert": {"layer_norm_eps": 0.1},
     "Roberta": {"layer_norm_eps": 0.1},
     "XLMRoberta": {"layer_norm_eps": 0.1},
     "DistilBert": {},
-    "ModernBert": {"norm_eps": 0.1},
-    "DebertaV2": {"layer_norm_eps": 0.1},
+    "ModernBert": {"norm_eps": 0.1, "local_attention": 6, "num_labels": 1},
+    "DebertaV2": {"layer_norm_eps": 0.1, "max_relative_positions": 6, "num_labels": 1},
 }
 
 
@@ -312,6 +330,11 @@ def _paired(rope: Changes, changes: Changes) -> Changes:
     pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
     more = {key: (2 * rope[key])[:pairs] for key in ("short_factor", "long_factor")}
     return {**rope, **more}
+
+
+def prefix(name: str) -> str:
+    """transformers' class of a product of encoders."""
+    return name.split()[0]
 
 
 def count(flags: Flags) -> int:

@@ -1,11 +1,12 @@
 """Writes the tables of docs/models.md: every parity case, and every combination of flags, measured.
 
-    python -m tests.models.table [--kept FILE] [decoders] [encoders] [decoder-flags] [encoder-flags]
+    python -m tests.models.table [--kept FILE] [--only PRODUCT] [decoders] [encoders]
+        [decoder-flags] [encoder-flags]
 
 The tests bound the same numbers for all cases and some combinations; greedy tokens they count for
 the cases marked " *" only, and this program for all. Combinations take some four hours on two
 cores: what was measured of each is appended to FILE, and a program that goes on does not measure it
-again.
+again. --only measures one product, and leaves the rows of the others as they stand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 BOUNDS = {"logits": 1e-5, "loss": 2e-6, "gradients": 1e-5}
 # One JSON line per combination: family, changes, what was measured.
 KEPT = Path(os.devnull)
+# The one product to measure; None: all.
+ONLY: str | None = None
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
@@ -73,8 +76,9 @@ def measured_decoder(family: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def measured_encoder(family: str, changes: dict[str, Any]) -> dict[str, Any]:
     from tests.models.encoder_cases import measure
+    from tests.models.flag_products import prefix
 
-    return with_care(lambda *jit: measure(family, changes, *jit)._asdict())
+    return with_care(lambda *jit: measure(prefix(family), changes, *jit)._asdict())
 
 
 def with_care(measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -104,6 +108,8 @@ def combinations(
         KEPT.open("a") as file,
     ):
         for family, own in families.items():
+            if ONLY not in (None, family):
+                continue
             every = [(family, changes) for changes in products(own)]
             new = [one for one in every if (family, str(one[1])) not in kept]
             for (_, changes), row in zip(
@@ -151,15 +157,29 @@ def plain(flags: str) -> str:
     return flags.removesuffix(" *")
 
 
-def markdown(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+
+
+def committed(name: str) -> list[tuple[str, ...]]:
+    """The rows of a table as they stand."""
+    begin, end = _marks(name)
+    lines = DOCS.read_text(encoding="utf-8").split(begin)[1].split(end)[0].splitlines()
+    return [tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines[2:]]
+
+
 def write(name: str) -> None:
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    made = markdown(TABLES[name][0], (say(row) for row in TABLES[name][1]()))
+    begin, end = _marks(name)
+    rows = [say(row) for row in TABLES[name][1]()]
+    if ONLY is not None:
+        rows = [*({row[0]: row for row in (*committed(name), *rows)}.values())]
     text = DOCS.read_text(encoding="utf-8")
+    made = markdown(TABLES[name][0], rows)
     DOCS.write_text(text.split(begin)[0] + begin + made + end + text.split(end)[1], "utf-8")
 
 
@@ -171,8 +191,11 @@ def say(row: tuple[str, ...]) -> tuple[str, ...]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kept", type=Path, default=KEPT)
+    parser.add_argument("--only", metavar="PRODUCT")
     parser.add_argument("names", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     asked = parser.parse_args()
-    KEPT = asked.kept
+    KEPT, ONLY = asked.kept, asked.only
+    if ONLY is not None and asked.names not in (["decoder-flags"], ["encoder-flags"]):
+        parser.error("--only wants decoder-flags or encoder-flags, where the product stands.")
     for name in asked.names or TABLES:
         write(name)

@@ -19,13 +19,12 @@ from jrlhf.auto import (
     AutoModelForSequenceClassification,
     Model,
 )
-from jrlhf.errors import MissingWeightError, ModelError, UnsupportedModelError
+from jrlhf.errors import MissingWeightError, ModelError
 from jrlhf.models.build import partition
-from jrlhf.models.build_encoder import EncoderNet, net_of
+from jrlhf.models.build_encoder import EncoderNet
 from jrlhf.models.deberta import position_scores, table_rows
 from jrlhf.models.encoder_attention import Reach, attend_both_ways
-from jrlhf.models.encoder_spec import EncoderSpec, RelativeSpec
-from jrlhf.models.families import config_from_spec, spec_from_config
+from jrlhf.models.encoder_spec import RelativeSpec
 from jrlhf.models.load import load_pretrained
 from tests.models.conftest import tensors_of, write_hf
 
@@ -327,58 +326,3 @@ def test_padding_may_have_any_position(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         model(IDS, mask, position_ids=positions).logits, model(IDS, mask).logits
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        (BERT | {"is_decoder": True}, "is_decoder"),
-        (BERT | {"position_embedding_type": "relative_key"}, "position_embedding_type"),
-        (BERT | {"hidden_act": "mish"}, "hidden_act='mish'"),
-        (BERT | {"num_attention_heads": 3}, "num_attention_heads=3"),
-        (BERT | {"quantization_config": {}} | {"quantization_config": {"bits": 4}}, "quantiz"),
-        (DEBERTA | {"pos_att_type": "c2p|p2p"}, "pos_att_type='p2p'"),
-        (DEBERTA | {"conv_kernel_size": 4}, "conv_kernel_size=4"),
-        (DEBERTA | {"conv_groups": 2}, "conv_groups=2"),
-        (DEBERTA | {"pooler_hidden_size": 8}, "pooler_hidden_size=8"),
-        (DEBERTA | {"attention_head_size": 6}, "attention_head_size=6"),
-        (DEBERTA | {"position_buckets": 200}, "position_buckets=200"),
-        (MODERNBERT | {"layer_types": ["full_attention"]}, "layer_types names 1"),
-        (MODERNBERT | {"layer_types": ["chunked"] * 4}, "chunked"),
-        (MODERNBERT | {"classifier_pooling": "max"}, "classifier_pooling='max'"),
-        (
-            MODERNBERT | {"rope_parameters": {"full_attention": {"rope_type": "spiral"}}},
-            "rope_type='spiral'",
-        ),
-        (MODERNBERT | {"rope_parameters": {"rope_type": "linear"}}, "has rope_type: give a dict"),
-        (
-            MODERNBERT | {"rope_scaling": {"sliding_attention": {"rope_type": "linear"}}},
-            "'linear' needs factor",
-        ),
-        (BERT | {"model_type": "bart"}, "model_type='bart'"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_flags_that_are_not_implemented_are_named(config: dict[str, Any], named: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=named):
-        spec_from_config(config)
-
-
-@pytest.mark.parametrize("config", [BERT, DEBERTA, MODERNBERT], ids=lambda c: c["model_type"])
-def test_a_written_config_is_read_alike(config: dict[str, Any]) -> None:
-    spec = spec_from_config(config)
-    assert isinstance(spec, EncoderSpec)
-    assert spec_from_config(config_from_spec(spec)) == spec
-    assert isinstance(net_of(spec), EncoderNet)
-
-
-def test_modernbert_of_transformers_4_means_the_same() -> None:
-    old = MODERNBERT | {
-        "global_attn_every_n_layers": 2,
-        "global_rope_theta": 900.0,
-        "local_rope_theta": None,
-    }
-    spec = spec_from_config(old)
-    assert spec.local == (False, True, False, True)  # type: ignore[union-attr]
-    assert spec.rope.rope_theta == 900.0  # type: ignore[union-attr]
-    assert spec.local_rope.rope_theta == 900.0  # type: ignore[union-attr]

@@ -187,7 +187,11 @@ REFUSED = [
     ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
     ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
     ("qwen2", {"use_sliding_window": True, "layer_types": ["chunked_attention"]}, "chunked"),
-    ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "gemma3_text"),
+    (
+        "qwen2",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "only for gemma3_text and modernbert",
+    ),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "'qwen3'"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),

@@ -31,7 +31,7 @@ def drawn(families):
         every = list(flag_products.products(flags))
         first, second = random.Random(family).sample(every, EACH)
         yield pytest.param(family, first, id=f"{family}-{every.index(first)}")
-        numbers = flag_products.NUMBERS[family]
+        numbers = flag_products.NUMBERS[flag_products.prefix(family)]
         yield pytest.param(family, second | numbers, id=f"{family}-{every.index(second)}-numbers")
 
 
@@ -49,50 +49,83 @@ def test_flags_of_a_decoder_combine(family, changes):
 
 @pytest.mark.parametrize(("family", "changes"), list(drawn(flag_products.ENCODERS)))
 def test_flags_of_an_encoder_combine(family, changes):
-    assert_within_bounds(encoder_cases.measure(family, changes)._asdict())
+    prefix = flag_products.prefix(family)
+    assert_within_bounds(encoder_cases.measure(prefix, changes)._asdict())
 
 
 def test_every_family_has_its_flags():
     from tests.models.decoder_cases import CASES
 
     assert flag_products.DECODERS.keys() == CASES.keys()
-    assert flag_products.ENCODERS.keys() == {prefix for prefix, _ in encoder_cases.CASES.values()}
+    products = {flag_products.prefix(name) for name in flag_products.ENCODERS}
+    assert products == {prefix for prefix, _ in encoder_cases.CASES.values()}
 
 
 # What no forward pass here reads: dropout, how weights began, the cache's switch, other heads.
 UNREAD = re.compile(
     r"(.*_)?(dropout|pdrop|layerdrop)(_prob)?|init_std|initializer_.*|use_cache|summary_.*"
-    r"|(bos|eos|pad)_token_id|decoder_bias|sparse_pred.*|legacy|initializer_cutoff_factor"
+    r"|(bos|eos|pad|cls|sep)_token_id|decoder_bias|sparse_pred.*|legacy|initializer_cutoff_factor"
     # Of training alone; how a kernel runs; a product of the old tensor parallelism.
     r"|router_jitter_noise|deterministic_flash_attn|reorder_and_upcast_attn|pretraining_tp"
 )
-# What says the same as a key in a product (cases and test_families read it), or nothing.
-SPELLED = {
-    "gemma3_text": {"_sliding_window_pattern"},
-    "smollm3": {"layer_types", "no_rope_layer_interval"},
-    # A mark of the class: transformers' GPT-NeoX reads it nowhere.
-    "gpt_neox": {"is_decoder"},
-    # The gate of its experts is its own.
-    "gpt_oss": {"hidden_act"},
-    # Heads that classify have no embedding to be tied to.
-    **{name: {"tie_word_embeddings"} for name in flag_products.ENCODERS},
+# Shapes alone: every axis of a tiny model has its size, whatever that is.
+SIZES = re.compile(
+    r"vocab_size|hidden_size|(moe_)?intermediate_size|hidden_dim|dim|ffn_dim|n_embd"
+    r"|(n|num_hidden)_layers?|(n|num_attention|num_key_value)_heads?|num_(local_)?experts"
+    r"|max_position_embeddings|n_positions|n_ctx|head_dim"
+)
+ALL = flag_products.DECODERS | flag_products.ENCODERS
+# test_encoder_configs
+REFUSED_OF_ENCODERS = {
+    **{name: {"is_decoder", "add_cross_attention"} for name in ("Bert", "Roberta", "XLMRoberta")},
+    "DebertaV2": {"attention_head_size", "pooler_hidden_size"},
+}
+# Keys that have one value in all products of a family and in the numbers beside them, and why.
+FIXED: dict[str, dict[str, str]] = {
+    "gemma3_text": {
+        "_sliding_window_pattern": "says what layer_types says; test_families reads it"
+    },
+    "smollm3": {
+        "layer_types": "says what the windows say",
+        "no_rope_layer_interval": "says what no_rope_layers says; test_families reads it",
+    },
+    "gpt_neox": {"is_decoder": "a mark of the class: transformers' GPT-NeoX reads it nowhere"},
+    "gpt_oss": {"hidden_act": "the gate of its experts is its own"},
+    **{
+        flag_products.prefix(name): {"tie_word_embeddings": "a classifier has no head to tie"}
+        for name in flag_products.ENCODERS
+    },
 }
 
 
-@pytest.mark.parametrize("family", [*flag_products.DECODERS, *flag_products.ENCODERS])
-def test_every_key_of_a_config_is_in_a_product_or_refused_or_read_nowhere(family):
-    encoder = family in flag_products.ENCODERS
-    flags = (flag_products.ENCODERS if encoder else flag_products.DECODERS)[family]
-    settings = itertools.chain(*flags.values())
-    used = {key for setting in settings for key in setting} | flag_products.NUMBERS[family].keys()
-    used |= encoder_cases.BASE.keys() if encoder else BASE.keys()
-    used |= {key for name, changes, _ in REFUSED if name == family for key in changes}
-    if encoder:
-        used |= {"is_decoder", "add_cross_attention", "pooler_hidden_size"}  # test_encoders
+def values_of(family, flags):
+    """{key: its values in the products of a family and in the numbers beside them}."""
+    encoder = family in map(flag_products.prefix, flag_products.ENCODERS)
     config = getattr(transformers, f"{family}Config") if encoder else CONFIG_MAPPING[family]
-    keys = config().to_dict().keys() - transformers.PretrainedConfig().to_dict().keys()
-    left = {key for key in keys - used if not UNREAD.fullmatch(key)}
-    assert left == SPELLED.get(family, set())
+    defaults = config().to_dict()
+    found = {key: set() for key in defaults.keys() - transformers.PretrainedConfig().to_dict()}
+    base = {} if encoder else BASE
+    for changes in itertools.chain(*map(flag_products.products, flags)):
+        for key in found.keys() | changes.keys():
+            value = (base | changes).get(key, defaults.get(key))
+            found.setdefault(key, set()).add(repr(value))
+    for key, value in flag_products.NUMBERS[family].items():
+        found[key].add(repr(value))
+    return found
+
+
+@pytest.mark.parametrize("family", sorted({*map(flag_products.prefix, ALL)}))
+def test_every_key_of_a_config_varies_or_is_refused_or_read_nowhere_or_says_why_not(family):
+    flags = [flags for name, flags in ALL.items() if flag_products.prefix(name) == family]
+    refused = {key for name, changes, _ in REFUSED if name == family for key in changes}
+    refused |= REFUSED_OF_ENCODERS.get(family, set())
+    fixed = {
+        key
+        for key, values in values_of(family, flags).items()
+        if len(values) == 1 and key not in refused
+        if not UNREAD.fullmatch(key) and not SIZES.fullmatch(key)
+    }
+    assert fixed == FIXED.get(family, {}).keys()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from tests.models.table import DOCS, plain
+from tests.models import table
+from tests.models.table import plain
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -14,10 +13,7 @@ pytestmark = pytest.mark.parity
 
 
 def committed(name: str) -> dict[tuple[str, str], list[str]]:
-    text = DOCS.read_text(encoding="utf-8")
-    lines = re.findall(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", text, re.DOTALL)
-    cells = [line.strip("| ").split(" | ") for line in lines[0].splitlines()[2:]]
-    return {(row[0], row[1]): row[2:] for row in cells}
+    return {(row[0], row[1]): [*row[2:]] for row in table.committed(name)}
 
 
 def test_every_decoder_case_stands_in_the_table_within_its_bounds() -> None:

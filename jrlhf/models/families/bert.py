@@ -46,7 +46,10 @@ def read(config: Mapping[str, Any], *, model_type: str) -> EncoderSpec:
         UnsupportedModelError: a flag whose meaning is not implemented.
     """
     configs.refuse(
-        config, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute"
+        config,
+        is_decoder=(False, "an encoder reads a text from both sides"),
+        add_cross_attention=(False, "an encoder alone has nothing to cross to"),
+        position_embedding_type=("absolute", "transformers 5 knows no other either"),
     )
     sizes = configs.sizes(config, _SIZES)
     # RoBERTa counts positions from the id of its padding token + 1.

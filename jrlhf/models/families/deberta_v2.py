@@ -51,20 +51,25 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
     sizes = configs.sizes(config, _SIZES)
     hidden, width = sizes["hidden_size"], int(config.get("conv_kernel_size") or 0)
     heads = configs.heads(hidden, int(config.get("num_attention_heads", 24)))
-    plain = {"pooler_hidden_size": hidden, "attention_head_size": heads["head_dim"]}
-    configs.refuse(config, conv_groups=1, **plain)
+    configs.refuse(
+        config,
+        attention_head_size=(heads["head_dim"], "its heads share the hidden size"),
+        pooler_hidden_size=(hidden, "the classifier's dense layer has the hidden size"),
+        **({"conv_groups": (1, "each channel of the convolution reads all")} if width else {}),
+    )
     if width and width % 2 == 0:
-        raise UnsupportedModelError(f"conv_kernel_size={width} is even: texts would change length.")
+        raise UnsupportedModelError(f"conv_kernel_size={width} must be odd: texts keep their size.")
     terms = config.get("pos_att_type") or ()
     terms = terms.lower().split("|") if isinstance(terms, str) else terms
-    terms = tuple(sorted(term.strip() for term in terms))
+    terms = tuple(sorted({str(term).strip() for term in terms}))
     farthest = int(config.get("max_relative_positions", -1))
     relative = RelativeSpec(
+        attention=bool(config.get("relative_attention", False)),
         terms=terms,
         buckets=max(int(config.get("position_buckets", -1)), 0),
         max_distance=farthest if farthest >= 1 else sizes["max_position_embeddings"],
         share_keys=bool(config.get("share_att_key", False)),
-        norm="layer_norm" in str(config.get("norm_rel_ebd", "none")).lower().split("|"),
+        norm="layer_norm" in str(config.get("norm_rel_ebd")).lower().replace(" ", "").split("|"),
     )
     return EncoderSpec(
         model_type="deberta-v2",
@@ -75,8 +80,8 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
         norm_eps=float(config.get("layer_norm_eps", 1e-7)),
         hidden_act=configs.activation(config, "hidden_act"),
         # The divisor counts the terms even where relative attention is off.
-        score_terms=1 + len(terms),
-        relative=relative if config.get("relative_attention", False) else None,
+        score_terms=1 + len(set(terms) & set(POSITION_TERMS)),
+        relative=relative,
         conv_kernel_size=width,
         conv_act=configs.activation(config, "conv_act", "tanh"),
         pooler_act=configs.activation(config, "pooler_hidden_act"),
@@ -88,19 +93,14 @@ def write(spec: EncoderSpec) -> dict[str, Any]:
     """The keys of config.json that the spec decides; `read` of it gives the spec back."""
     config = configs.shared(spec, "DebertaV2ForSequenceClassification")
     config |= {key: getattr(spec, key) for key in _SIZES}
-    relative = spec.relative
-    if relative is not None:
-        config |= {
-            "position_buckets": relative.buckets or -1,
-            "max_relative_positions": relative.max_distance,
-            "share_att_key": relative.share_keys,
-            "norm_rel_ebd": "layer_norm" if relative.norm else "none",
-        }
+    relative = spec.relative or RelativeSpec(attention=False)
     return config | {
-        "relative_attention": relative is not None,
-        "pos_att_type": list(
-            relative.terms if relative else POSITION_TERMS[: spec.score_terms - 1]
-        ),
+        "relative_attention": relative.attention,
+        "pos_att_type": list(relative.terms),
+        "position_buckets": relative.buckets or -1,
+        "max_relative_positions": relative.max_distance,
+        "share_att_key": relative.share_keys,
+        "norm_rel_ebd": "layer_norm" if relative.norm else "none",
         "position_biased_input": spec.learned_positions,
         "num_attention_heads": spec.num_attention_heads,
         "attention_head_size": spec.head_dim,

@@ -7,7 +7,7 @@ from typing import Any
 
 from jrlhf.errors import UnsupportedModelError
 from jrlhf.models.encoder_spec import EncoderSpec
-from jrlhf.models.families.keys import count_labels
+from jrlhf.models.families import keys
 
 # transformers' names -> ours. The exact gelu and its tanh approximation differ; keep them apart.
 _ACTIVATIONS = {
@@ -40,15 +40,19 @@ def activation_name(name: str) -> str:
     return _NAMES.get(name, name)
 
 
-def refuse(config: Mapping[str, Any], **plain: Any) -> None:
-    """Refuses flags that are set to anything but their plain value.
+def refuse(config: Mapping[str, Any], **plain: tuple[Any, str]) -> None:
+    """Refuses quantized weights, and keys that are set to anything but their plain value.
+
+    Args:
+        config: config.json.
+        **plain: key = (the one value that is implemented, why no other is).
 
     Raises:
-        UnsupportedModelError: the first flag that is set, by name.
+        UnsupportedModelError: the first key that is set otherwise, and the value that it may have.
     """
-    for key, value in {"quantization_config": None, **plain}.items():
-        if config.get(key, value) not in (value, None):
-            raise UnsupportedModelError(f"{key}={config[key]!r} is not implemented for encoders.")
+    keys.refuse(config, "quantization_config", (None,), "load the weights that are not quantized")
+    for key, (value, why) in plain.items():
+        keys.refuse(config, key, (value, None), why)
 
 
 def sizes(config: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def common(config: Mapping[str, Any]) -> dict[str, Any]:
     """What every family says alike; 2 labels where the config names none, as transformers."""
     return {
         "initializer_range": float(config.get("initializer_range", 0.02)),
-        "num_labels": count_labels(config),
+        "num_labels": keys.count_labels(config),
     }
 
 

@@ -38,10 +38,10 @@ def _embedding(spec: EncoderSpec, names: Names) -> Iterator[Weight]:
     if width != d:
         yield from _linear("embed.proj", names, (width,), (d,), bias=False)
     yield from _norm("embed.norm", names, d, bias=spec.norm_bias)
-    if spec.relative is not None:
+    if spec.relative is not None and spec.relative.attention:
         yield _table("embed.relative", names, 2 * spec.relative.span, d)
-        if spec.relative.norm:
-            yield from _norm("embed.relative_norm", names, d)
+    if spec.relative is not None and spec.relative.norm:
+        yield from _norm("embed.relative_norm", names, d)
     if spec.conv_kernel_size:
         # Theirs is [outputs, inputs, width].
         shape = (spec.conv_kernel_size, d, d)
@@ -62,7 +62,7 @@ def _layer(spec: EncoderSpec, names: Names) -> Iterator[Weight]:
         yield from _linear(f"layers.attn.{name}", names, d, heads, bias=bias)
     if spec.rope is not None:
         yield from _linear("layers.attn.qkv", names, d, (3, *heads), bias=bias)
-    if relative is not None and not relative.share_keys:
+    if relative is not None and relative.attention and not relative.share_keys:
         for name, term in (("position_k", "c2p"), ("position_q", "p2c")):
             if term in relative.terms:
                 yield from _linear(f"layers.attn.{name}", names, d, heads, bias=True)

@@ -55,7 +55,7 @@ def read(config: Mapping[str, Any]) -> EncoderSpec:
     every = int(config.get("global_attn_every_n_layers") or 3)
     kinds = config.get("layer_types") or [_KINDS[i % every > 0] for i in range(layers)]
     if unknown := set(kinds) - set(_KINDS.values()):
-        raise UnsupportedModelError(f"layer_types names {sorted(unknown)}, which is not known.")
+        raise UnsupportedModelError(f"layer_types has {sorted(unknown)}; known: {[*_THETAS]}.")
     pooling = config.get("classifier_pooling", "cls")
     flags: dict[str, Any] = {field: bool(config.get(key)) for key, field in _FLAGS.items()}
     full, local = (_rope(config, kind) for kind in _THETAS)

@@ -50,7 +50,8 @@ def read_rope(
     if nested:
         raise UnsupportedModelError(
             f"rope_parameters per layer type ({', '.join(nested)}) are not implemented for"
-            f" model_type {config.get('model_type')!r}, only for gemma3_text: give one dictionary."
+            f" model_type {config.get('model_type')!r}, only for gemma3_text and modernbert: give"
+            " one dictionary."
         )
     return one_rope(raw, config, default_theta=default_theta, default_partial=default_partial)
 
