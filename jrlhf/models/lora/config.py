@@ -10,10 +10,14 @@ from typing import Any, Literal
 
 from jrlhf.config import config, to_dict
 from jrlhf.errors import ConfigError, MissingFileError, ModelError, UnsupportedFieldError, suggest
+from jrlhf.models.families import family_of
 from jrlhf.models.hf.reader import read_json
+from jrlhf.models.spec import DecoderSpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Where transformers has the classes of a type that is not the name of a module.
+_ROOMS = {"gemma3_text": "gemma3"}
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 # Values of init_lora_weights that leave the base alone. PEFT has others, which rewrite it.
 INITS = (True, False, "gaussian")
@@ -238,14 +242,26 @@ def base_of(directory: Path) -> str | None:
 
 
 def written_config(
-    chosen: LoraConfig, *, base: str | None, target_modules: list[str] | str
+    chosen: LoraConfig, *, spec: DecoderSpec, base: str | None, target_modules: list[str] | str
 ) -> Mapping[str, Any]:
-    """adapter_config.json: the config with its modules resolved, and the keys that PEFT reads."""
+    """adapter_config.json: the config with its modules resolved, and the keys that PEFT reads.
+
+    PEFT's Auto classes find the base's class by the task, or else by `auto_mapping`.
+    """
     values = to_dict(chosen)
     values["target_modules"] = target_modules
     values["rank_pattern"], values["alpha_pattern"] = chosen.ranks, chosen.alphas
     values["base_model_name_or_path"] = chosen.base_model_name_or_path or base
     return {
-        **values, "peft_type": "LORA", "inference_mode": True, "auto_mapping": None,
-        "fan_in_fan_out": False, "lora_bias": False,
+        **values, "peft_type": "LORA", "inference_mode": True, "fan_in_fan_out": False,
+        "lora_bias": False, "auto_mapping": _class_of(spec) if chosen.task_type is None else None,
     }  # fmt: skip
+
+
+def _class_of(spec: DecoderSpec) -> dict[str, str]:
+    """transformers' class of a base, and the module that it is imported from."""
+    room = _ROOMS.get(spec.model_type, spec.model_type)
+    return {
+        "base_model_class": family_of(spec).write(spec)["architectures"][0],
+        "parent_library": f"transformers.models.{room}.modeling_{room}",
+    }
