@@ -106,6 +106,8 @@ class LoraConfig:
         # PEFT's TaskType is a string too, whose text is its name with the class in front.
         object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.ranks.items()}}
+    UNORDERED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+                 "modules_to_save")  # fmt: skip
         alphas: dict[str, float] = {
             "lora_alpha": self.lora_alpha,
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alphas.items()},
@@ -197,12 +199,12 @@ def as_config(given: Any) -> LoraConfig:
     method = str(getattr(method, "value", method))
     if method != "LORA":
         raise UnsupportedFieldError(f"peft_type={method!r} is not supported, only 'LORA'.")
-    # PEFT writes neutral values as null, false, [] or {}; and keeps lists of names as sets.
+    # PEFT writes neutral values as null, false, [] or {}.
     known = {field.name for field in dataclasses.fields(LoraConfig)}  # type: ignore[arg-type]
     neutral: tuple[Any, ...] = (None, False, [], {})
     return LoraConfig(
         **{
-            name: sorted(value) if isinstance(value, set) else value
+            name: value
             for name, value in values.items()
             if name not in _SILENT and (name in known or value not in neutral)
         }
