@@ -78,8 +78,8 @@ class PeftModel(Model):
     Attributes:
         peft_config: every adapter's config, by name.
         is_trainable: whether trainers may train the active adapters.
-        base_is_reference: whether the base is what training starts from (B = 0): trainers then take
-            it, with the adapters off, as their reference.
+        base_is_reference: whether the base is what training starts from (B A = 0): trainers then
+            take it, with the adapters off, as their reference.
     """
 
     net: Net

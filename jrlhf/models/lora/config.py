@@ -19,12 +19,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # Where transformers has the classes of a type that is not the name of a module.
 _ROOMS = {"gemma3_text": "gemma3"}
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
-# Values of init_lora_weights that leave the base alone. PEFT has others, which rewrite it.
-INITS = (True, False, "gaussian")
-_OTHER_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
-
-# Of these, what leaves the base alone once it has drawn.
-_DRAWS = ("eva", "orthogonal")
+# Values of init_lora_weights, and PEFT's others by how they begin.
+INITS = (True, False, "gaussian", "orthogonal")
+_OTHER_INITS = {
+    **dict.fromkeys(("olora", "pissa", "loftq"), "changes the base"),
+    **dict.fromkeys(("corda", "lora_ga"), "needs data and changes the base"),
+    "eva": "needs data",
+    "mica": "never trains B",
+}
+# Of these, what is an adapter like any other once it has drawn.
+_DRAWS = ("eva",)
 
 _VARIANT = "this variant of LoRA is not implemented"
 # Fields of PEFT that are refused unless they ask for nothing; then also their neutral values.
@@ -72,8 +76,9 @@ class LoraConfig:
         use_rslora: multiply by lora_alpha / sqrt(r) instead.
         use_dora: learn each output's magnitude apart from its direction (DoRA).
         modules_to_save: modules that are trained whole, as copies, and saved with the adapter.
-        init_lora_weights: True (B = 0, A uniform), "gaussian" (B = 0, A normal with deviation 1/r)
-            or False (both random: the adapted model is then not the base's).
+        init_lora_weights: True (B = 0, A uniform), "gaussian" (B = 0, A normal with deviation 1/r),
+            "orthogonal" (both random with B A = 0, even ranks) or False (both random: the adapted
+            model is then not the base's).
         task_type: CAUSAL_LM, SEQ_CLS or TOKEN_CLS; the latter two save the head too.
         ensure_weight_tying: a saved embedding is also the head of a tied model.
         bias: only "none".
@@ -101,13 +106,13 @@ class LoraConfig:
     revision: str | None = None
 
     REFUSED = _REFUSED
+    UNORDERED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+                 "modules_to_save")  # fmt: skip
 
     def __post_init__(self) -> None:
         # PEFT's TaskType is a string too, whose text is its name with the class in front.
         object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.ranks.items()}}
-    UNORDERED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-                 "modules_to_save")  # fmt: skip
         alphas: dict[str, float] = {
             "lora_alpha": self.lora_alpha,
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alphas.items()},
@@ -155,14 +160,15 @@ class LoraConfig:
         init = self.init_lora_weights
         if init in INITS:
             return
-        if str(init).startswith(_OTHER_INITS):
-            raise UnsupportedFieldError(
-                f"LoraConfig.init_lora_weights={init!r} is not supported: it changes the base or "
-                f"needs data; use one of {list(INITS)}."
-            )
+        for start, why in _OTHER_INITS.items():
+            if str(init).startswith(start):
+                raise UnsupportedFieldError(
+                    f"LoraConfig.init_lora_weights={init!r} is not supported: it {why}; use one of "
+                    f"{list(INITS)}."
+                )
         raise ConfigError(
             f"LoraConfig.init_lora_weights must be one of {list(INITS)}, got {init!r}."
-            + suggest(str(init), ["gaussian"])
+            + suggest(str(init), ["gaussian", "orthogonal"])
         )
 
     @property

@@ -171,7 +171,8 @@ def read(
 
 
 def _low_rank_hint(unexpected: list[str]) -> str:
-    marks = ("lora_embedding_", ".base_layer.")
+    heads = (f".{head}.lora_" for head in ("lm_head", "embed_out", "score", "classifier"))
+    marks = ("lora_embedding_", ".base_layer.", *heads)
     if not any(mark in name for name in unexpected for mark in marks):
         return ""
     return (

@@ -140,6 +140,7 @@ def plan(
             ranks, scales = zip(*pairs, strict=True)
             own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(Linears)}
             targets.append(Target(**own, ranks=ranks, scales=scales))
+            _check_ranks(chosen, targets[-1])
     saved = _saved(chosen, weights, tied=tied, strict=strict)
     return Adapter(
         name,
@@ -178,7 +179,6 @@ def names_of(adapter: Adapter, linears: Sequence[Linears]) -> list[str]:
     return short if meant == chosen else sorted(chosen)
 
 
-def _check_each(wanted: Sequence[str], every: Sequence[str], model_type: str) -> None:
 def _check_layers(chosen: LoraConfig, every: Sequence[str], model_type: str) -> None:
     """layers_to_transform and layers_pattern name layers that there are."""
     wanted = chosen.layers_to_transform
@@ -222,6 +222,7 @@ def _check_ranks(chosen: LoraConfig, target: Target) -> None:
             )
 
 
+def _check_each(wanted: Sequence[str], every: Sequence[str], model_type: str) -> None:
     for entry in wanted:
         if not any(_ends_with(module, [entry]) for module in every):
             short = sorted({module.rsplit(".", 1)[-1] for module in every})
@@ -247,11 +248,11 @@ def _targeted(chosen: LoraConfig, wanted: Sequence[str] | str, module: str) -> b
     for whole in chosen.modules_to_save or ():
         if re.match(rf"(^|.*\.){whole}($|\..*)", module):
             return False
-    if isinstance(wanted, str):
     return _names(wanted, module) and (isinstance(wanted, str) or _layer_wanted(chosen, module))
 
 
 def _names(wanted: Sequence[str] | str, module: str) -> bool:
+    if isinstance(wanted, str):
         return re.fullmatch(wanted, module) is not None
     return _ends_with(module, wanted)
 
@@ -260,12 +261,12 @@ def _layer_wanted(chosen: LoraConfig, module: str) -> bool:
     layers = chosen.layers_to_transform
     if layers is None or layers == []:
         return True
-    patterns = chosen.layers_pattern or [r"[^.]*"]
     return _layer_of(chosen, module) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _layer_of(chosen: LoraConfig, module: str) -> int | None:
     """The number of the layer that a module lies in; None: of none that layers_pattern means."""
+    patterns = chosen.layers_pattern or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
     return next((int(match[1]) for match in found if match), None)
