@@ -18,7 +18,6 @@ from jrlhf.models.lora.plan import EMBEDDING, Adapter, Target, Weights
 from jrlhf.models.lora.plan import Path as Keys
 
 _PREFIX = "base_model.model."
-_LISTED = 20
 
 
 class Tensor(NamedTuple):
@@ -161,8 +160,7 @@ def read(
     unexpected = [name for name in found if name not in used]
     problems += [f"unexpected: {name}" for name in unexpected]
     if problems:
-        more = len(problems) - _LISTED
-        lines = "\n  ".join(problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []))
+        lines = "\n  ".join(problems)
         raise MissingWeightError(
             f"{file} does not fit this base and its own adapter_config.json "
             f"({len(problems)} differences):\n  {lines}{_low_rank_hint(unexpected)}"
