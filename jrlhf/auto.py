@@ -31,8 +31,7 @@ from jrlhf.sharding.mesh import make_mesh
 from jrlhf.sharding.place import params_shardings
 
 _OPTIONS = ("dtype", "mesh", "num_layers_unfrozen", "remat", "seed", "param_dtype",
-            "load_in_8bit", "load_in_4bit", "attn_implementation", "revision",
-            "pad_vocab_to_multiple_of")  # fmt: skip
+            "load_in_8bit", "load_in_4bit", "attn_implementation", "revision")  # fmt: skip
 
 
 class _Auto:
@@ -40,6 +39,7 @@ class _Auto:
 
     _choices: Mapping[str, Any] = {}
     _extra: tuple[str, ...] = ()
+    _of_files: tuple[str, ...] = ("pad_vocab_to_multiple_of",)
 
     def __init__(self) -> None:
         raise ModelError(f"{type(self).__name__} is a factory: call its from_pretrained.")
@@ -67,10 +67,10 @@ class _Auto:
             remat: policy of recomputation in the backward pass.
             seed: of heads that the checkpoint does not have.
             param_dtype: type in which the weights are kept; bfloat16 is for what is not trained.
-            **more: `num_labels` (classifiers); `torch_dtype`, an old name of `dtype`;
-                `load_in_8bit` or `load_in_4bit`: a base that is frozen below an adapter;
-                `attn_implementation`: "auto" (the platform's kernel), "xla", "cudnn", "splash", or
-                transformers' names;
+            **more: `num_labels`, `ignore_mismatched_sizes` (classifiers; a head of another size is
+                drawn anew); `torch_dtype`, an old name of `dtype`; `load_in_8bit` or
+                `load_in_4bit`: a base that is frozen below an adapter; `attn_implementation`:
+                "auto" (the platform's kernel), "xla", "cudnn", "splash", or transformers' names;
                 `revision`: a branch, tag or commit of a model on the hub;
                 `pad_vocab_to_multiple_of`: rounds the vocabulary up so that a mesh divides it, with
                 rows that are no tokens.
@@ -107,10 +107,12 @@ class _Auto:
     @classmethod
     def _taken(cls, more: dict[str, Any]) -> dict[str, Any]:
         """What is left of `from_pretrained`'s arguments, for `load_pretrained`."""
-        own = (*cls._extra, "pad_vocab_to_multiple_of")
+        own = (*cls._extra, *cls._of_files)
         others = {key: value for key, value in more.items() if key not in (*own, "revision")}
-        known = [*_OPTIONS, *cls._extra]
+        known = [*_OPTIONS, *own]
         arguments.check("from_pretrained", others, arguments.FROM_PRETRAINED, known)
+        if not isinstance(new := more.get("ignore_mismatched_sizes", False), bool | None):
+            raise ConfigError(f"ignore_mismatched_sizes must be True or False, got {new!r}.")
         return {**cls._choices, **{key: value for key, value in more.items() if key in own}}
 
     @classmethod
@@ -232,6 +234,7 @@ class AutoModelForTokenClassification(_Auto):
 
     _choices = {"head": "tokens"}
     _extra = ("num_labels",)
+    _of_files = (*_Auto._of_files, "ignore_mismatched_sizes")
 
 
 class AutoModelForSequenceClassification(_Auto):
@@ -239,3 +242,4 @@ class AutoModelForSequenceClassification(_Auto):
 
     _choices = {"head": "classifier"}
     _extra = ("num_labels",)
+    _of_files = (*_Auto._of_files, "ignore_mismatched_sizes")

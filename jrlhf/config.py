@@ -286,9 +286,16 @@ def _say_once(text: str) -> None:
 def check_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Converts what loses nothing by it (1 -> 1.0, "1e-5" -> 1e-5) and refuses the rest."""
     hints = typing.get_type_hints(cls)
-    return {
-        name: _convert(cls.__name__, name, hints[name], value) for name, value in values.items()
-    }
+    unordered = getattr(cls, "UNORDERED", ())
+    listed = {n: _listed(value) if n in unordered else value for n, value in values.items()}
+    return {name: _convert(cls.__name__, name, hints[name], v) for name, v in listed.items()}
+
+
+def _listed(value: Any) -> Any:
+    """A tuple or a set as a list; a set's order differs from run to run, so it is sorted."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=lambda x: (x if isinstance(x, int) else 0, str(x)))
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _convert(owner: str, name: str, kind: Any, value: Any) -> Any:

@@ -78,8 +78,8 @@ class PeftModel(Model):
     Attributes:
         peft_config: every adapter's config, by name.
         is_trainable: whether trainers may train the active adapters.
-        base_is_reference: whether the base is what training starts from (B = 0): trainers then take
-            it, with the adapters off, as their reference.
+        base_is_reference: whether the base is what training starts from (B A = 0): trainers then
+            take it, with the adapters off, as their reference.
     """
 
     net: Net
@@ -265,9 +265,9 @@ class PeftModel(Model):
             target = directory if name == "default" else directory / name
             files.write(target, leaves, self._plans[name], rows, beside=beside, dtype=dtype)
             wanted = names_of(self._plans[name], linear_maps(self.net.spec))
-            config = written_config(
-                self.peft_config[name], base=self.name_or_path, target_modules=wanted
-            )
+            chosen, base = self.peft_config[name], self.name_or_path
+            spec = self.net.spec
+            config = written_config(chosen, spec=spec, base=base, target_modules=wanted)
             write_json(target / CONFIG_FILE, config)
         if tokenizer is not None and jax.process_index() == 0:
             origin = None if self.source is None else self.source.path

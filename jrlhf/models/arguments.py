@@ -34,7 +34,7 @@ FROM_PRETRAINED = {
     "device_mesh": _SIZES,
     "config": "config.json decides; from_config builds a model with random weights",
     "rope_scaling": "write rope_parameters into config.json",
-    "ignore_mismatched_sizes": "num_labels draws a new classifier; nothing else may differ",
+    "ignore_mismatched_sizes": "only a classifier's head is drawn anew; nothing else may differ",
     "id2label": _LABELS,
     "label2id": _LABELS,
     "num_labels": "this model has no classifier: use AutoModelForSequenceClassification",

@@ -87,9 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def load_pretrained(
     name_or_path: str | Path,
     *,
-    head: str = "causal",
-    value_head: bool = False,
-    num_labels: int | None = None,
+    head: str = "causal", value_head: bool = False, num_labels: int | None = None,
     dtype: str = "float32",
     param_dtype: str = "float32",
     num_layers_unfrozen: int = -1,
@@ -99,8 +97,9 @@ def load_pretrained(
     shardings: Shardings | None = None,
     key: jax.Array | None = None,
     pad_vocab_to_multiple_of: int = 1,
+    ignore_mismatched_sizes: bool = False,
     keeper: Callable[[AnyNet], Keep] | None = None,
-) -> tuple[AnyNet, Params, Source]:
+) -> tuple[AnyNet, Params, Source]:  # fmt: skip
     """Loads a model from a directory, a hub id, a GGUF file or a glassllm directory.
 
     Args:
@@ -117,6 +116,7 @@ def load_pretrained(
         shardings: (net, abstract params) -> tree of shardings; one device when None.
         key: randomness for new heads.
         pad_vocab_to_multiple_of: rounds the vocabulary up, with rows that are no tokens.
+        ignore_mismatched_sizes: a classifier's head of another size is drawn anew.
         keeper: called with the net before any weight is read; gives what becomes of each leaf.
 
     Returns:
@@ -138,7 +138,7 @@ def load_pretrained(
         vocab_padding=vocabulary.padding(spec.vocab_size, pad_vocab_to_multiple_of),
     )
     net = net_of(as_tied(checkpoint, attend.choose_for(spec, attention, platform)))
-    names, abstract = match(checkpoint, net.spec), net.abstract()
+    names, abstract = match(checkpoint, net.spec, new_head=ignore_mismatched_sizes), net.abstract()
     keep = (keeper or _as_it_is)(net)
     leaves = flatten((shardings or _one_device)(net, abstract))
     filled = _fill_all(flatten(abstract), leaves, checkpoint, net.spec, names, param_dtype, keep)
@@ -195,7 +195,7 @@ def _draw(
     # Of a value head nobody expects that a checkpoint has one.
     if new := sorted({path[0] for path in paths} - {"value"}):
         log.warning(
-            "Not in the checkpoint and drawn at random: %s. Train before use.", ", ".join(new)
+            "Not read from the checkpoint, drawn at random: %s. Train before use.", ", ".join(new)
         )
 
     def draw(key: jax.Array) -> list[jax.Array]:

@@ -19,14 +19,22 @@ Keys = tuple[str, ...]
 At = tuple[int, ...]
 # Rows of two tables that are compared at a time.
 _ROWS = 4096
+# The classifier's leaves.
+_HEAD = "score"
+_DRAW = "A classifier's head of another size is drawn anew with ignore_mismatched_sizes=True."
 # Leaves with a row or column per token: only they may have padding.
 VOCABULARY = {("embed", "table"): 0, ("head", "kernel"): 1, ("head", "bias"): 0}
 
 
-def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
+def match(checkpoint: Checkpoint, spec: AnySpec, *, new_head: bool = False) -> dict[str, str]:
     """{name in the weight table: name in the checkpoint}, for all that the spec needs.
 
     Rows beyond `vocab_size` are padding, of which nothing is read: a warning says so.
+
+    Args:
+        checkpoint: what is there.
+        spec: what is wanted.
+        new_head: leaves out tensors of a classifier's head that have another shape.
 
     Raises:
         MissingWeightError: the two disagree.
@@ -36,6 +44,7 @@ def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
     problems: list[str] = []
     found: dict[str, str] = {}
     longer: list[str] = []
+    other_head = False
     absent: set[str] = set()  # a fused tensor has several rows, and is one difference
     for row in family_of(spec).weights(spec):
         for name, _, _ in row.places(spec):
@@ -44,7 +53,10 @@ def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
                 shape = shapes[found[name]]
                 if row.path in VOCABULARY and _padded(shape, row.hf_shape):
                     longer.append(f"{name} {shape[0]}")
+                elif shape != row.hf_shape and new_head and row.path[0] == _HEAD:
+                    del found[name]
                 elif shape != row.hf_shape:
+                    other_head |= row.path[0] == _HEAD
                     problems.append(f"shape of {name} is {shape}, expected {row.hf_shape}")
             elif not row.optional and name not in found and name not in absent:
                 absent.add(name)
@@ -58,7 +70,7 @@ def match(checkpoint: Checkpoint, spec: AnySpec) -> dict[str, str]:
         if name not in aside and not any(map(ignored.fullmatch, (name, theirs[name])))
     ]
     if problems:
-        lines = "\n  ".join(problems)
+        lines = "\n  ".join(problems + [_DRAW] * other_head)
         raise MissingWeightError(
             f"{checkpoint.path} does not hold the weights that its config describes"
             f" ({len(problems)} differences):\n  {lines}"

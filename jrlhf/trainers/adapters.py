@@ -56,7 +56,7 @@ def adapted(model: Model, peft_config: LoraConfig | None, face: str, *, seed: in
     """
     if peft_config is not None:
         new = get_peft_model(model, peft_config, seed=seed)
-        # Before the first update B = 0: the policy is its base, and needs no copy to compare with.
+        # Before the first update B A = 0: the policy is its base, and needs no copy beside it.
         new.base_is_reference = peft_config.init_lora_weights is not False
         return new
     if not model.net.adapters and holds_quantized(model.params):

@@ -26,6 +26,7 @@ from jrlhf.errors import (
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
+from tests.models import encoder_cases
 from tests.models.conftest import CONFIG, tensors_of, write_hf
 
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 12}
@@ -316,6 +317,52 @@ def test_arguments_of_calls_that_are_none_say_what_to_write(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         call(model, np.ones((1, 3), np.int32))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_head_of_another_size_is_drawn_anew_where_that_is_wanted(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIG if kind == "llama" else {"model_type": "bert", **encoder_cases.BASE}
+    load = AutoModelForSequenceClassification.from_pretrained
+    AutoModelForSequenceClassification.from_config(config, num_labels=3).save_pretrained(tmp_path)
+    three = load(tmp_path, ignore_mismatched_sizes=True)
+    assert not caplog.text  # of the same size it is read
+    with pytest.raises(MissingWeightError, match="drawn anew with ignore_mismatched_sizes=True"):
+        load(tmp_path, num_labels=1)
+    one = load(tmp_path, num_labels=1, ignore_mismatched_sizes=True)
+    assert "Not read from the checkpoint, drawn at random: score. Train before" in caplog.text
+    assert one(np.ones((1, 3), np.int32)).logits.shape == (1, 1)
+    assert jax.tree.structure(one.params) == jax.tree.structure(three.params)
+    rest, read = ({k: v for k, v in m.params.items() if k != "score"} for m in (one, three))
+    jax.tree.map(np.testing.assert_array_equal, rest, read)
+    one.save_pretrained(tmp_path / "one")
+    np.testing.assert_array_equal(
+        load(tmp_path / "one").params["score"]["kernel"], one.params["score"]["kernel"]
+    )
+    with pytest.raises(ConfigError, match="ignore_mismatched_sizes must be True or False, got 'n"):
+        load(tmp_path, ignore_mismatched_sizes="no")
+    # Nothing else may differ.
+    file = tmp_path / "config.json"
+    wide = {"vocab_size": 99} | json.loads(file.read_text()) | {"intermediate_size": 7}
+    file.write_text(json.dumps(wide))
+    with pytest.raises(MissingWeightError, match=r"shape of \S+\.0\.") as caught:
+        load(tmp_path, num_labels=1, ignore_mismatched_sizes=True)
+    assert "score" not in str(caught.value).removeprefix(str(tmp_path))
+    with pytest.raises(ConfigError, match="only a classifier's head is drawn anew"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_every_tensor_of_an_adapter_of_another_base_is_listed(model: Any, tmp_path: Path) -> None:
+    chosen = LoraConfig(r=2, target_modules="all-linear")
+    get_peft_model(model, chosen).save_pretrained(tmp_path)
+    deep = AutoModelForCausalLM.from_config(CONFIG | {"num_hidden_layers": 5})
+    get_peft_model(deep, chosen).save_pretrained(tmp_path / "deep")
+    with pytest.raises(MissingWeightError, match="differences") as caught:
+        PeftModel.from_pretrained(model, tmp_path / "deep")
+    names = [set(load_file(p / "adapter_model.safetensors")) for p in (tmp_path, tmp_path / "deep")]
+    assert len(names[1] - names[0]) > 24
+    assert all(f"unexpected: {name}\n" in f"{caught.value}\n" for name in names[1] - names[0])
 
 
 def test_names_of_labels_stay(tmp_path: Path) -> None:

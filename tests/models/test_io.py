@@ -176,7 +176,7 @@ def test_a_classifier_on_a_causal_model_draws_its_score_head(hf_directory, caplo
     fresh = jax.jit(lambda k: Net(net.spec).init(k)["score"])(key)
     np.testing.assert_allclose(params["score"]["kernel"], fresh["kernel"], rtol=1e-6)
     assert "head" not in params
-    assert "Not in the checkpoint and drawn at random: score." in caplog.text
+    assert "Not read from the checkpoint, drawn at random: score." in caplog.text
     again = load_pretrained(origin, head="classifier", num_labels=3, key=jax.random.key(8))[1]
     assert not np.array_equal(again["score"]["kernel"], params["score"]["kernel"])
 

@@ -83,6 +83,7 @@ def test_the_other_fields_act_too() -> None:
     head = LoraConfig(modules_to_save=["lm_head"], ensure_weight_tying=True)
     assert tied.adapter(head).saved == both.saved
     assert as_config({"target_modules": {"b", "a"}}).target_modules == ["a", "b"]
+    assert LoraConfig(layers_to_transform={10, 9}).layers_to_transform == [9, 10]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,14 @@ def test_the_other_fields_act_too() -> None:
         (ConfigError, "lora_alpha must be positive", {"lora_alpha": 0}),
         (ConfigError, "lora_dropout must lie in", {"lora_dropout": 1.0}),
         (ConfigError, 'Did you mean "gaussian"', {"init_lora_weights": "gausian"}),
-        (UnsupportedFieldError, "'pissa' is not supported", {"init_lora_weights": "pissa"}),
+        (UnsupportedFieldError, "'pissa' is not supported: it changes the base;",
+         {"init_lora_weights": "pissa"}),
+        (UnsupportedFieldError, "'eva' is not supported: it needs data;",
+         {"init_lora_weights": "eva"}),
+        (UnsupportedFieldError, "'mica' is not supported: it never trains B;",
+         {"init_lora_weights": "mica"}),
+        (ConfigError, 'Did you mean "orthogonal"', {"init_lora_weights": "ortogonal"}),
+        (ConfigError, r"modules_to_save\[0\] must be str, got 1", {"modules_to_save": (1,)}),
         (ConfigError, "task_type must be one of", {"task_type": "SEQ_2_SEQ_LM"}),
         (ConfigError, "needs target_modules as a list",
          {"layers_to_transform": 1, "target_modules": "all-linear"}),
@@ -124,6 +132,17 @@ def test_what_a_config_cannot_say_is_named(
          {"target_modules": ["q_proj", "embed_tokens"]}),
         ("the model has no 'lm_hed'", {"modules_to_save": ["lm_hed"]}),
         ("of some layers only", {"modules_to_save": ["layers.1.input_layernorm"]}),
+        (r"layers_to_transform=\[9\] names a layer .* not have; it has 3 layers, 0 to 2",
+         {"layers_to_transform": [9]}),
+        (r"layers_to_transform=\[0, 3\] names a layer", {"layers_to_transform": [0, 3]}),
+        ("layers_to_transform=-1 names a layer", {"layers_to_transform": -1}),
+        (r"layers_pattern='h' is not what stands.*called like model\.layers\.0\.",
+         {"layers_to_transform": [1], "layers_pattern": "h"}),
+        ("nothing of it is left to adapt by exclude_modules", {"exclude_modules": ["q_proj"]}),
+        ("left to adapt by layers_to_transform",
+         {"target_modules": ["0.self_attn.q_proj"], "layers_to_transform": [1]}),
+        (r"'orthogonal' needs even ranks; model\.layers\.1\.\S+ has 3",
+         {"init_lora_weights": "orthogonal", "rank_pattern": {"layers.1.*": 3}}),
     ],
 )  # fmt: skip
 def test_what_a_model_does_not_have_is_named(match: str, fields: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,6 +40,21 @@ def test_an_adapter_on_every_linear_map_is_written_and_read_back(
     assert {f"{module}.weight" for module in modules} <= names
     written = files.assemble(leaves, plan, rows)
     assert len(written) == 3 * len(modules)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_orthogonal_parts_of_fused_maps_have_one_matrix(family: str) -> None:
+    base = Net(spec_from_config(config(family)))
+    plan = base.adapter(LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal"))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), base.abstract())
+    own = flatten(tree.init(plan, zeros, jax.random.key(0)))
+    leaves = {path: np.asarray(leaf) for path, leaf in own.items()}
+    written = files.assemble(leaves, plan, tree.weights(base.spec))
+    pairs = [(v, written[n.replace("_A", "_B")]) for n, v in written.items() if "lora_A" in n]
+    assert any(target.source for target in plan.targets)
+    assert pairs
+    for a, b in pairs:
+        assert np.abs(b @ a).max() < 1e-6 < 0.05 < min(a.std(), b.std())
 
 
 def test_plain_mlps_between_experts_are_left_alone() -> None:

@@ -306,6 +306,20 @@ MODULES: dict[str, dict[str, Any]] = {
     "an excluded expression": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
     "saved instead": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["q_proj"]},
     "one layer": {"target_modules": ["k_proj"], "layers_to_transform": 1},
+    "sets": {
+        "target_modules": {"q_proj", "up_proj"},
+        "exclude_modules": {"2.mlp.up_proj"},
+        "layers_to_transform": {0, 2},
+        "layers_pattern": {"layers"},
+        "modules_to_save": {"lm_head", "norm"},
+    },
+    "tuples": {
+        "target_modules": ("q_proj", "up_proj"),
+        "exclude_modules": ("2.mlp.up_proj",),
+        "layers_to_transform": (0, 2),
+        "layers_pattern": ("layers",),
+        "modules_to_save": ("lm_head", "norm"),
+    },
 }
 
 

@@ -10,17 +10,25 @@ from typing import Any, Literal
 
 from jrlhf.config import config, to_dict
 from jrlhf.errors import ConfigError, MissingFileError, ModelError, UnsupportedFieldError, suggest
+from jrlhf.models.families import family_of
 from jrlhf.models.hf.reader import read_json
+from jrlhf.models.spec import DecoderSpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Where transformers has the classes of a type that is not the name of a module.
+_ROOMS = {"gemma3_text": "gemma3"}
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
-# Values of init_lora_weights that leave the base alone. PEFT has others, which rewrite it.
-INITS = (True, False, "gaussian")
-_OTHER_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
-
-# Of these, what leaves the base alone once it has drawn.
-_DRAWS = ("eva", "orthogonal")
+# Values of init_lora_weights, and PEFT's others by how they begin.
+INITS = (True, False, "gaussian", "orthogonal")
+_OTHER_INITS = {
+    **dict.fromkeys(("olora", "pissa", "loftq"), "changes the base"),
+    **dict.fromkeys(("corda", "lora_ga"), "needs data and changes the base"),
+    "eva": "needs data",
+    "mica": "never trains B",
+}
+# Of these, what is an adapter like any other once it has drawn.
+_DRAWS = ("eva",)
 
 _VARIANT = "this variant of LoRA is not implemented"
 # Fields of PEFT that are refused unless they ask for nothing; then also their neutral values.
@@ -68,8 +76,9 @@ class LoraConfig:
         use_rslora: multiply by lora_alpha / sqrt(r) instead.
         use_dora: learn each output's magnitude apart from its direction (DoRA).
         modules_to_save: modules that are trained whole, as copies, and saved with the adapter.
-        init_lora_weights: True (B = 0, A uniform), "gaussian" (B = 0, A normal with deviation 1/r)
-            or False (both random: the adapted model is then not the base's).
+        init_lora_weights: True (B = 0, A uniform), "gaussian" (B = 0, A normal with deviation 1/r),
+            "orthogonal" (both random with B A = 0, even ranks) or False (both random: the adapted
+            model is then not the base's).
         task_type: CAUSAL_LM, SEQ_CLS or TOKEN_CLS; the latter two save the head too.
         ensure_weight_tying: a saved embedding is also the head of a tied model.
         bias: only "none".
@@ -97,6 +106,8 @@ class LoraConfig:
     revision: str | None = None
 
     REFUSED = _REFUSED
+    UNORDERED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+                 "modules_to_save")  # fmt: skip
 
     def __post_init__(self) -> None:
         # PEFT's TaskType is a string too, whose text is its name with the class in front.
@@ -149,14 +160,15 @@ class LoraConfig:
         init = self.init_lora_weights
         if init in INITS:
             return
-        if str(init).startswith(_OTHER_INITS):
-            raise UnsupportedFieldError(
-                f"LoraConfig.init_lora_weights={init!r} is not supported: it changes the base or "
-                f"needs data; use one of {list(INITS)}."
-            )
+        for start, why in _OTHER_INITS.items():
+            if str(init).startswith(start):
+                raise UnsupportedFieldError(
+                    f"LoraConfig.init_lora_weights={init!r} is not supported: it {why}; use one of "
+                    f"{list(INITS)}."
+                )
         raise ConfigError(
             f"LoraConfig.init_lora_weights must be one of {list(INITS)}, got {init!r}."
-            + suggest(str(init), ["gaussian"])
+            + suggest(str(init), ["gaussian", "orthogonal"])
         )
 
     @property
@@ -193,12 +205,12 @@ def as_config(given: Any) -> LoraConfig:
     method = str(getattr(method, "value", method))
     if method != "LORA":
         raise UnsupportedFieldError(f"peft_type={method!r} is not supported, only 'LORA'.")
-    # PEFT writes neutral values as null, false, [] or {}; and keeps lists of names as sets.
+    # PEFT writes neutral values as null, false, [] or {}.
     known = {field.name for field in dataclasses.fields(LoraConfig)}  # type: ignore[arg-type]
     neutral: tuple[Any, ...] = (None, False, [], {})
     return LoraConfig(
         **{
-            name: sorted(value) if isinstance(value, set) else value
+            name: value
             for name, value in values.items()
             if name not in _SILENT and (name in known or value not in neutral)
         }
@@ -238,14 +250,26 @@ def base_of(directory: Path) -> str | None:
 
 
 def written_config(
-    chosen: LoraConfig, *, base: str | None, target_modules: list[str] | str
+    chosen: LoraConfig, *, spec: DecoderSpec, base: str | None, target_modules: list[str] | str
 ) -> Mapping[str, Any]:
-    """adapter_config.json: the config with its modules resolved, and the keys that PEFT reads."""
+    """adapter_config.json: the config with its modules resolved, and the keys that PEFT reads.
+
+    PEFT's Auto classes find the base's class by the task, or else by `auto_mapping`.
+    """
     values = to_dict(chosen)
     values["target_modules"] = target_modules
     values["rank_pattern"], values["alpha_pattern"] = chosen.ranks, chosen.alphas
     values["base_model_name_or_path"] = chosen.base_model_name_or_path or base
     return {
-        **values, "peft_type": "LORA", "inference_mode": True, "auto_mapping": None,
-        "fan_in_fan_out": False, "lora_bias": False,
+        **values, "peft_type": "LORA", "inference_mode": True, "fan_in_fan_out": False,
+        "lora_bias": False, "auto_mapping": _class_of(spec) if chosen.task_type is None else None,
     }  # fmt: skip
+
+
+def _class_of(spec: DecoderSpec) -> dict[str, str]:
+    """transformers' class of a base, and the module that it is imported from."""
+    room = _ROOMS.get(spec.model_type, spec.model_type)
+    return {
+        "base_model_class": family_of(spec).write(spec)["architectures"][0],
+        "parent_library": f"transformers.models.{room}.modeling_{room}",
+    }

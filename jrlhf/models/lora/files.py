@@ -18,8 +18,6 @@ from jrlhf.models.lora.config import WEIGHTS_FILE
 from jrlhf.models.lora.plan import EMBEDDING, Adapter, Target, Weights
 from jrlhf.models.lora.plan import Path as Keys
 
-_LISTED = 20
-
 
 class Tensor(NamedTuple):
     """One tensor of the file and where it lies in the adapter's tree.
@@ -171,8 +169,7 @@ def read(
     unexpected = [name for name in found if name not in used]
     problems += [f"unexpected: {name}" for name in unexpected]
     if problems:
-        more = len(problems) - _LISTED
-        lines = "\n  ".join(problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []))
+        lines = "\n  ".join(problems)
         raise MissingWeightError(
             f"{file} does not fit this base and its own adapter_config.json "
             f"({len(problems)} differences):\n  {lines}{_low_rank_hint(unexpected)}"
@@ -187,7 +184,8 @@ def _size_hint(directory: Path, weights: Weights) -> str:
 
 
 def _low_rank_hint(unexpected: list[str]) -> str:
-    marks = ("lora_embedding_", ".base_layer.")
+    heads = (f".{head}.lora_" for head in ("lm_head", "embed_out", "score", "classifier"))
+    marks = ("lora_embedding_", ".base_layer.", *heads)
     if not any(mark in name for name in unexpected for mark in marks):
         return ""
     return (

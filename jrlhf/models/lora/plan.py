@@ -126,13 +126,11 @@ def plan(
     wanted = resolved_targets(chosen, linears, model_type)
     every = [module for stack in linears for module in stack.names]
     matches = functools.cache(lambda module: _targeted(chosen, wanted, module))
-    if not any(map(matches, every)):
-        short = sorted({module.rsplit(".", 1)[-1] for module in every})
-        hint = suggest(wanted[0], short) if isinstance(wanted, (list, tuple)) and wanted else ""
-        raise ConfigError(
-            f"LoraConfig.target_modules={chosen.target_modules!r} names no linear map of this "
-            f"{model_type}; it has {', '.join(short)}.{hint}"
-        )
+    some = any(map(matches, every))
+    if strict or not some:
+        _check_layers(chosen, every, model_type)
+    if not some:
+        raise _nothing_named(chosen, wanted, every, model_type)
     if strict and not isinstance(wanted, str):
         _check_each(wanted, every, model_type)
     targets = []
@@ -142,6 +140,7 @@ def plan(
             ranks, scales = zip(*pairs, strict=True)
             own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(Linears)}
             targets.append(Target(**own, ranks=ranks, scales=scales))
+            _check_ranks(chosen, targets[-1])
     saved = _saved(chosen, weights, tied=tied, strict=strict)
     return Adapter(
         name,
@@ -180,6 +179,49 @@ def names_of(adapter: Adapter, linears: Sequence[Linears]) -> list[str]:
     return short if meant == chosen else sorted(chosen)
 
 
+def _check_layers(chosen: LoraConfig, every: Sequence[str], model_type: str) -> None:
+    """layers_to_transform and layers_pattern name layers that there are."""
+    wanted = chosen.layers_to_transform
+    if wanted is None or wanted == []:
+        return
+    layers = {number for module in every if (number := _layer_of(chosen, module)) is not None}
+    if not layers:
+        raise ConfigError(
+            f"LoraConfig.layers_pattern={chosen.layers_pattern!r} is not what stands before the "
+            f"layers' numbers in this {model_type}; its modules are called like {every[0]}."
+        )
+    if not layers.issuperset([wanted] if isinstance(wanted, int) else wanted):
+        raise ConfigError(
+            f"LoraConfig.layers_to_transform={wanted!r} names a layer that this {model_type} does "
+            f"not have; it has {len(layers)} layers, {min(layers)} to {max(layers)}."
+        )
+
+
+def _nothing_named(
+    chosen: LoraConfig, wanted: Sequence[str] | str, every: Sequence[str], model_type: str
+) -> ConfigError:
+    """Why nothing is adapted."""
+    given = f"LoraConfig.target_modules={chosen.target_modules!r}"
+    if any(_names(wanted, module) for module in every):
+        others = ("exclude_modules", "modules_to_save", "layers_to_transform")
+        acting = " and ".join(name for name in others if getattr(chosen, name) not in (None, []))
+        return ConfigError(f"{given}: nothing of it is left to adapt by {acting}.")
+    short = sorted({module.rsplit(".", 1)[-1] for module in every})
+    hint = suggest(wanted[0], short) if isinstance(wanted, (list, tuple)) and wanted else ""
+    return ConfigError(
+        f"{given} names no linear map of this {model_type}; it has {', '.join(short)}.{hint}"
+    )
+
+
+def _check_ranks(chosen: LoraConfig, target: Target) -> None:
+    """An orthogonal matrix's rows are dealt out to A and B, half to each."""
+    for name, rank in zip(target.names, target.ranks, strict=True):
+        if chosen.init_lora_weights == "orthogonal" and rank % 2:
+            raise ConfigError(
+                f"LoraConfig.init_lora_weights='orthogonal' needs even ranks; {name} has {rank}."
+            )
+
+
 def _check_each(wanted: Sequence[str], every: Sequence[str], model_type: str) -> None:
     for entry in wanted:
         if not any(_ends_with(module, [entry]) for module in every):
@@ -206,20 +248,28 @@ def _targeted(chosen: LoraConfig, wanted: Sequence[str] | str, module: str) -> b
     for whole in chosen.modules_to_save or ():
         if re.match(rf"(^|.*\.){whole}($|\..*)", module):
             return False
+    return _names(wanted, module) and (isinstance(wanted, str) or _layer_wanted(chosen, module))
+
+
+def _names(wanted: Sequence[str] | str, module: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, module) is not None
-    return _ends_with(module, wanted) and _layer_wanted(chosen, module)
+    return _ends_with(module, wanted)
 
 
 def _layer_wanted(chosen: LoraConfig, module: str) -> bool:
     layers = chosen.layers_to_transform
     if layers is None or layers == []:
         return True
+    return _layer_of(chosen, module) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _layer_of(chosen: LoraConfig, module: str) -> int | None:
+    """The number of the layer that a module lies in; None: of none that layers_pattern means."""
     patterns = chosen.layers_pattern or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
-    number = next((int(match[1]) for match in found if match), None)
-    return number is not None and number in ([layers] if isinstance(layers, int) else layers)
+    return next((int(match[1]) for match in found if match), None)
 
 
 def _rank_and_scale(chosen: LoraConfig, module: str) -> tuple[int, float]:

@@ -9,6 +9,7 @@ copies nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array
 
 from jrlhf.errors import UnsupportedModelError
@@ -242,7 +244,7 @@ def init(adapter: Adapter, base: Params, key: Array) -> Params:
 
 
 def _first(adapter: Adapter, target: Target, kernel: Array, key: Array) -> Params:
-    """PEFT's initial values of one stack: A as nn.Linear's or normal, B zero unless init=False."""
+    """PEFT's initial values of one stack: see `LoraConfig.init_lora_weights`."""
     shape = kernel.shape[1:] if target.stacked else kernel.shape
     inputs, outputs = shape[: len(target.inputs)], shape[len(target.inputs) :]
     r, width = target.rank, float(np.prod(inputs)) ** -0.5
@@ -256,10 +258,15 @@ def _first(adapter: Adapter, target: Target, kernel: Array, key: Array) -> Param
         else:
             a = jax.random.uniform(own, (*inputs, r), minval=-width, maxval=width)
         b = jnp.zeros((r, *outputs), jnp.float32)
+        part = jax.random.fold_in(own, zlib.crc32("/".join(target.path).encode()))
         if adapter.init is False:
-            own = jax.random.fold_in(own, zlib.crc32("/".join(target.path).encode()))
-            drawn = jax.random.uniform(own, (r, *outputs), minval=-1.0, maxval=1.0)
+            drawn = jax.random.uniform(part, (r, *outputs), minval=-1.0, maxval=1.0)
             b = drawn / jnp.sqrt(jnp.maximum(rank, 1).astype(jnp.float32))
+        elif adapter.init == "orthogonal":
+            for_a, for_b = _halves(jax.random.fold_in(own, 1), real)
+            dot = functools.partial(jnp.tensordot, axes=1, precision=lax.Precision.HIGHEST)
+            a = dot(jax.random.normal(own, (*inputs, r // 2)), for_a) / 10
+            b = dot(for_b.T, jax.random.normal(part, (r // 2, *outputs))) / 10
         return jnp.where(real, a, 0.0), jnp.where(real.reshape(-1, *[1] * len(outputs)), b, 0.0)
 
     ranks = jnp.asarray(target.ranks if target.stacked else target.ranks[0])
@@ -275,6 +282,17 @@ def _first(adapter: Adapter, target: Target, kernel: Array, key: Array) -> Param
     if target.source is not None:  # the same draw as the first one's: their names are the same
         del leaves["a"]
     return leaves
+
+
+def _halves(key: Array, real: Array) -> tuple[Array, Array]:
+    """The even and the odd rows of a random orthogonal matrix of a map's true rank.
+
+    What pads it to the stack's rank is the identity's: it enters padded columns alone.
+    """
+    both = real[:, None] & real
+    drawn = jnp.where(both, jax.random.normal(key, both.shape), jnp.eye(len(real)))
+    q = jnp.linalg.qr(drawn)[0]
+    return q[0::2], q[1::2]
 
 
 def merged(params: Params, adapters: Sequence[Adapter]) -> Params:
