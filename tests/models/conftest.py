@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import jrlhf.model
 from jrlhf.models.families import family_of, spec_from_config
+from tests.models.quick import quick_jit
 
 # No two sizes alike, so that a swapped axis cannot fit; heads 4 of 6, so that hidden != heads * e.
 CONFIG: dict[str, Any] = {
@@ -88,3 +90,11 @@ def hf_tensors(tmp_path: Path) -> Callable[..., tuple[Path, Tensors]]:
         return write_hf(tmp_path / "origin", config, tensors), tensors
 
     return make
+
+
+@pytest.fixture
+def quick_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of models are compiled with less care."""
+    call: Any = jrlhf.model._forward
+    quick = quick_jit(call.__wrapped__, static_argnames=("net", "mesh"))
+    monkeypatch.setattr(jrlhf.model, "_forward", quick)

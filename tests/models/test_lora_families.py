@@ -64,3 +64,17 @@ def test_plain_mlps_between_experts_are_left_alone() -> None:
     assert {name.split(".")[3] for target in plan.targets for name in target.names} == {"self_attn"}
     with pytest.raises(ConfigError, match="'gate_proj' is no linear map of this qwen3_moe"):
         base.adapter(LoraConfig(target_modules=["q_proj", "gate_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *[("mixtral", name) for name in ("w1", "experts", "gate", "gate_up_proj")],
+        *[("qwen3_moe", name) for name in ("gate_proj", "down_proj", "experts", "gate")],
+        *[("gpt_oss", name) for name in ("gate_up_proj", "down_proj", "experts", "router")],
+    ],
+)
+def test_experts_and_routers_are_refused_by_name(family: str, name: str) -> None:
+    base = Net(spec_from_config(config(family)))
+    with pytest.raises(ConfigError, match=f"'{name}' is no linear map of this {family}"):
+        base.adapter(LoraConfig(target_modules=["q_proj", name]))
