@@ -26,8 +26,8 @@ from jrlhf.errors import (
 from jrlhf.models.families import spec_from_config
 from jrlhf.models.load import load_pretrained
 from jrlhf.peft import LoraConfig, PeftModel, get_peft_model
-from tests.models import encoder_cases
 from tests.models.conftest import CONFIG, tensors_of, write_hf
+from tests.models.test_encoders import BERT
 
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 12}
 
@@ -323,7 +323,7 @@ def test_arguments_of_calls_that_are_none_say_what_to_write(
 def test_a_head_of_another_size_is_drawn_anew_where_that_is_wanted(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = CONFIG if kind == "llama" else {"model_type": "bert", **encoder_cases.BASE}
+    config = CONFIG if kind == "llama" else BERT
     load = AutoModelForSequenceClassification.from_pretrained
     AutoModelForSequenceClassification.from_config(config, num_labels=3).save_pretrained(tmp_path)
     three = load(tmp_path, ignore_mismatched_sizes=True)

@@ -28,10 +28,11 @@ def test_an_adapter_on_every_linear_map_is_written_and_read_back(
     rng = np.random.default_rng(0)
     leaves = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in own.items()}
     rows = tree.weights(base.spec)
-    files.write(tmp_path, leaves, plan, rows)
+    files.write(tmp_path, leaves, plan, rows, beside={})
     shapes = {path: leaf.shape for path, leaf in own.items()}
-    again = files.read(tmp_path, plan, rows, shapes)
+    again, beside = files.read(tmp_path, plan, rows, shapes, tree.tied_head(base.spec))
     assert again.keys() == leaves.keys()
+    assert not beside
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(again[path], leaf)
     # Each adapted map is a tensor of the checkpoint, with one A and one B.
