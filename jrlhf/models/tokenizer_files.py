@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jrlhf.errors import ModelError, TokenizerError
+from jrlhf.errors import JrlhfError, ModelError, TokenizerError
 from jrlhf.models.hf.reader import read_json
 from jrlhf.models.hf.writer import write_json
 from jrlhf.models.hub import TOKENIZER_RECORD
@@ -119,7 +119,7 @@ def _same(one: Path, other: Path) -> bool:
         return True
     try:
         first, second = map(load_tokenizer, (one, other))
-    except TokenizerError:
+    except JrlhfError:  # what does not load is another
         return False
     return (
         same_tokenizer(first, second)

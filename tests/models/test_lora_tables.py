@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jrlhf import AutoModelForCausalLM
 from jrlhf.errors import MissingWeightError
@@ -81,6 +81,15 @@ def test_a_base_that_was_not_resized_says_how(origin: Path, tmp_path: Path) -> N
     base = AutoModelForCausalLM.from_pretrained(origin)
     with pytest.raises(MissingWeightError, match=rf"resize_token_embeddings\({V + 4}\) first"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_head_of_another_size_is_no_question_of_tokens(origin: Path, tmp_path: Path) -> None:
+    adapted(AutoModelForCausalLM.from_pretrained(origin)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    save_file({**tensors, HEAD: np.zeros((V, 3), np.float32)}, tmp_path / FILE)
+    with pytest.raises(MissingWeightError, match=rf"shape of {HEAD} is") as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "resize" not in str(error.value)
 
 
 def test_training_leaves_the_tables_alone(origin: Path) -> None:

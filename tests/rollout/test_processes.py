@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.processes import finish, free_port
 
 PROGRAM = """
     import hashlib, sys, typing
@@ -83,18 +84,10 @@ def run(count: int, index: int, port: int, output: Path) -> subprocess.Popen[str
 
 @pytest.mark.slow
 def test_two_processes_collect_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     files = [tmp_path / name for name in ("first of two", "second of two", "alone")]
     started = [run(2, 0, port, files[0]), run(2, 1, port, files[1]), run(1, 0, port, files[2])]
-    try:
-        for process in started:
-            _, err = process.communicate(timeout=500)
-            assert process.returncode == 0, err[-3000:]
-    finally:
-        for process in started:
-            process.kill()
+    finish(started, timeout=500)
     outputs = [file.read_text().splitlines() for file in files]
     assert len(outputs[0]) > 10
     collected = [[line for line in lines if not line.startswith("total ")] for lines in outputs]

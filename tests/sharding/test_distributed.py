@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ import pytest
 
 from jrlhf.errors import ConfigError
 from jrlhf.sharding.distributed import initialize
+from tests.processes import finish, free_port
 
 FULL = {
     "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
@@ -64,9 +64,7 @@ PROGRAM = """
 
 
 def test_two_processes_make_one_global_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         **FULL,
@@ -84,7 +82,6 @@ def test_two_processes_make_one_global_batch(tmp_path):
         )
         for index in range(2)
     ]
-    for index, process in enumerate(processes):
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    finish(processes, timeout=120)
+    for index in range(2):
         assert (tmp_path / str(index)).read_text().split() == [f"{sum(range(8)):.1f}", "7.0"]

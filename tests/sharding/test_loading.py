@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file
 from jrlhf.models.load import load_pretrained
 from jrlhf.models.save import save_pretrained
 from tests.models.conftest import CONFIG, Tensors, tensors_of, write_hf
+from tests.processes import finish, free_port
 
 # Every large axis divides by four, so that nothing but norms and biases is kept whole.
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
@@ -114,17 +114,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
     origin = {family: tensors_of(config) for family, config in FAMILIES.items()}
     for family, config in FAMILIES.items():
         write_hf(root / family, config, origin[family], shards=3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = [start(index, port, root) for index in range(2)]
-    try:
-        for process in started:
-            _, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err[-3000:]
-    finally:
-        for process in started:
-            process.kill()
+    finish(started, timeout=300)
     return root, origin
 
 

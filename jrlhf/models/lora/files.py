@@ -180,6 +180,8 @@ def read(
 
 def _size_hint(directory: Path, weights: Weights) -> str:
     size = tables.vocabulary_of(directory, weights)
+    if size is None:  # a head of another size, which no resizing makes
+        return ""
     return f"\n  Its base has {size} tokens: model.resize_token_embeddings({size}) first."
 
 

@@ -56,7 +56,9 @@ def take(
         twice = f"{PREFIX}{module}.modules_to_save.{ending}"
         if plain in found and twice in found and np.array_equal(found[plain], found[twice]):
             used.add(twice)
-        for full in {plain, f"{PREFIX}{module}.original_module.{ending}"} & found.keys() - used:
+        for full in (plain, f"{PREFIX}{module}.original_module.{ending}"):
+            if full not in found or full in used:
+                continue
             value = found[full]
             if value.shape != row.hf_shape:
                 problems.append(f"shape of {full} is {value.shape}, expected {row.hf_shape}")
@@ -80,11 +82,9 @@ def whole(
 
 
 def vocabulary_of(directory: Path, weights: Weights) -> int | None:
-    """How many tokens the base of an adapter's file has; None: no table says."""
+    """How many tokens the base of an adapter's file has; None: no embedding says."""
     if not (directory / WEIGHTS_FILE).is_file():
         return None
     stored = SafetensorsFile(directory / WEIGHTS_FILE).tensors
-    for name, _, path in rows(weights, ""):
-        if path == EMBEDDING and PREFIX + name in stored:
-            return int(stored[PREFIX + name].shape[0])
-    return None
+    name = next(name for name, _, path in rows(weights, "") if path == EMBEDDING)
+    return int(stored[PREFIX + name].shape[0]) if PREFIX + name in stored else None
