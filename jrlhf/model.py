@@ -24,6 +24,7 @@ from jrlhf.models.hf.writer import export_config
 from jrlhf.models.load import Source
 from jrlhf.models.save import save_pretrained
 from jrlhf.models.tokenizer import load_tokenizer
+from jrlhf.ops.layout import jit
 from jrlhf.rollout.encode import classify
 from jrlhf.rollout.generate import generate_like_transformers
 from jrlhf.sharding.place import params_shardings
@@ -346,7 +347,7 @@ class Model:
         return changed
 
 
-@functools.partial(jax.jit, static_argnames=("net", "mesh"))
+@functools.partial(jit, static_argnames=("net", "mesh"))
 def _forward(
     net: Net,
     params: Params,

@@ -245,7 +245,8 @@ class Net:
         """
         head = self.head(params)
         rows = self.head_states(hidden).reshape(-1, head.shape[0])
-        logits = head_logits(rows, head, softcap=self.spec.final_softcap)
+        tied = self.spec.tie_word_embeddings
+        logits = head_logits(rows, head, softcap=self.spec.final_softcap, tied=tied)
         if self.spec.vocab_padding:
             real = jnp.arange(head.shape[1]) < self.spec.vocab_size
             logits = jnp.where(real, logits, -jnp.inf)

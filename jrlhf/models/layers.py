@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jrlhf.models.axes import Axes, constrain
 from jrlhf.models.spec import DecoderSpec
-from jrlhf.ops.layout import platform, written
+from jrlhf.ops.layout import platform, rows_last
 from jrlhf.ops.turned import Turned
 
 Shape = tuple[int, ...]
@@ -117,7 +117,7 @@ def _contract_rows(x: Array, g: Array, rows: int) -> Array:
         # Rows are not merged here: a mesh may cut more than one of their axes.
         return _dot_general(x, g, tuple(range(rows)), tuple(range(rows)))
     x, g = x.reshape(-1, *x.shape[rows:]), g.reshape(-1, *g.shape[rows:])
-    turned = written(jnp.moveaxis(x, 0, -1))
+    turned = rows_last(x)
     return _dot_general(turned, g, (turned.ndim - 1,), (0,))
 
 

@@ -1,12 +1,17 @@
-"""How arrays lie in memory, where that decides what a dot costs."""
+"""How programs are compiled and arrays lie in memory, where that decides what a dot costs."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
@@ -35,6 +40,31 @@ def target(name: str | None) -> Iterator[None]:
         _target.reset(token)
 
 
+def compiler_options() -> dict[str, str] | None:
+    """For `jax.jit`, of programs that scan over layers.
+
+    On CPUs nothing is moved out of the loop. XLA has no slices of bfloat16 there, and what it moves
+    is the widening of a whole stack: of weights, or of all that layers keep for the way back.
+    """
+    if platform() != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` with `compiler_options`, made at the first call: an import starts no backend."""
+
+    @functools.cache
+    def made() -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=compiler_options(), **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return made()(*args, **kwargs)
+
+    return call
+
+
 def written(x: Array) -> Array:
     """`x` as it is written, last axis innermost: on a CPU, a transpose in front of it is made.
 
@@ -45,3 +75,17 @@ def written(x: Array) -> Array:
     if platform() != "cpu":
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def rows_last(x: Array) -> Array:
+    """[rows, ...] -> [..., rows], written so.
+
+    On a CPU in two passes, by panels of one cache line: read in one pass, column by column, every
+    number of a wide array brings a line of its own.
+    """
+    width, size = 64 // x.dtype.itemsize, math.prod(x.shape[1:])
+    if platform() != "cpu" or size % width:
+        return written(jnp.moveaxis(x, 0, -1))
+    panels = x.reshape(-1, size // width, width).transpose(1, 0, 2)
+    panels = lax.optimization_barrier(written(panels))
+    return written(panels.transpose(0, 2, 1)).reshape(*x.shape[1:], -1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from jrlhf.ops.layout import platform, written
+from jrlhf.ops.layout import platform, rows_last, written
 from jrlhf.ops.turned import Turned
 
 # Of the float32 logits of one chunk: on a CPU in all, so that passes over them stay near the cache;
@@ -36,6 +36,7 @@ def head_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     vocab: int | None = None,
+    tied: bool = False,
 ) -> Float[Array, "t v"]:
     """The logits that samplers and scorers share: float32, soft-capped, divided by the temperature.
 
@@ -46,21 +47,33 @@ def head_logits(
         temperature: divides the logits, after the cap.
         softcap: c in c·tanh(logits / c) (Gemma 2), or None.
         vocab: columns from here on are padding of the head and get probability 0.
+        tied: the head is an embedding's table, transposed, and is read as the table lies.
 
     Returns:
         The logits. One row per token: for a chunk of a sequence, or one decoding step.
     """
     if isinstance(head, Turned):
-        logits = head.dot(hidden)
+        raw = head.dot(hidden)
     else:
-        head = _untied(head)
-        logits = jnp.dot(hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+        raw = _dot(hidden.astype(head.dtype), written(head.T) if tied else head, tied)
+    return _bent(raw, temperature, softcap, vocab)
+
+
+def _dot(x: Float[Array, "t n"], head: Array, across: bool) -> Float[Array, "t m"]:
+    """x times the head, or times its transpose where `across`; float32."""
+    axes = ((1,), (1 if across else 0,))
+    return jax.lax.dot_general(x, head, (axes, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _bent(
+    logits: Float[Array, "t v"], temperature: float, softcap: float | None, vocab: int | None
+) -> Float[Array, "t v"]:
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if temperature != 1.0:
         logits = logits / temperature
-    if vocab is not None and vocab < head.shape[1]:
-        logits = jnp.where(jnp.arange(head.shape[1])[None, :] < vocab, logits, NEVER)
+    if vocab is not None and vocab < logits.shape[1]:
+        logits = jnp.where(jnp.arange(logits.shape[1])[None, :] < vocab, logits, NEVER)
     return logits
 
 
@@ -74,6 +87,7 @@ def token_logps(
     chunk: int | None = None,
     entropy: bool = True,
     vocab: int | None = None,
+    tied: bool = False,
 ) -> tuple[Float[Array, " t"], Float[Array, " t"], Float[Array, " t"]]:
     """Log-prob of each target token, entropy of its distribution, and whether it is the top one.
 
@@ -89,6 +103,7 @@ def token_logps(
         chunk: rows whose logits exist at a time, over all devices; None chooses by `CHUNK_BYTES`.
         entropy: False saves a pass over the logits, and the entropy comes back as zeros.
         vocab: columns of the head from here on are padding.
+        tied: the head is an embedding's table, transposed, and is read as the table lies.
 
     Returns:
         float32 arrays: log-probs in nats; entropies in nats, never negative; 1.0 where the target
@@ -101,14 +116,11 @@ def token_logps(
         vocab=vocab,
         entropy=entropy,
         chunks=_count_chunks(tokens, chunk or _default_chunk(head.shape[1])),
+        tied=tied,
     )
-    # Here, so that it is done once for all chunks.
-    return _token_logps(scored, hidden.astype(head.dtype), _untied(head), targets)
-
-
-def _untied(head: Array) -> Array:
-    """A tied head is the embedding's table, transposed; bfloat16 dots want that written out."""
-    return written(head) if head.dtype == jnp.bfloat16 else head
+    # Turned back here, so that it is done once for all chunks.
+    head = written(head.T) if tied else head
+    return _token_logps(scored, hidden.astype(head.dtype), head, targets)
 
 
 class _Scored(NamedTuple):
@@ -119,11 +131,10 @@ class _Scored(NamedTuple):
     vocab: int | None
     entropy: bool
     chunks: int
+    tied: bool  # the head is [v d]
 
     def logits(self, hidden: Array, head: Array) -> Array:
-        return head_logits(
-            hidden, head, temperature=self.temperature, softcap=self.softcap, vocab=self.vocab
-        )
+        return _bent(_dot(hidden, head, self.tied), self.temperature, self.softcap, self.vocab)
 
 
 def _default_chunk(vocab: int) -> int:
@@ -159,14 +170,16 @@ def _join(x: Array, tokens: int) -> Array:
 
 def _forward_chunk(scored: _Scored, head: Array, hidden: Array, targets: Array) -> tuple:
     logits = scored.logits(hidden, head)
-    columns = jnp.arange(logits.shape[1])[None, :]
+    columns = jnp.arange(logits.shape[1], dtype=jnp.float32)[None, :]
     largest = jnp.max(logits, axis=1, keepdims=True)
     exps = jnp.exp(logits - largest)
     total = jnp.sum(exps, axis=1)
     log_z = largest[:, 0] + jnp.log(total)
     taken = jnp.take_along_axis(logits, targets[:, None], axis=1)
-    # Not `argmax`, which XLA does not vectorise: the target is the first of the largest.
-    before = jnp.max(jnp.where(columns < targets[:, None], logits, -jnp.inf), axis=1)
+    # The target is the first of the largest. Not by `argmax` or a select, which XLA on CPUs makes a
+    # pass of its own: before the target the limit is beyond every logit, from it on below all.
+    ahead = targets[:, None].astype(jnp.float32) - 0.5 - columns
+    before = jnp.max(jnp.minimum(logits, ahead * jnp.finfo(jnp.float32).max), axis=1)
     correct = (taken[:, 0] >= largest[:, 0]) & (taken[:, 0] > before)
     spread = jnp.zeros_like(log_z)
     if scored.entropy:
@@ -220,16 +233,15 @@ def _backward(scored: _Scored, saved: tuple, cotangents: tuple) -> tuple:
         ).astype(head.dtype)
         if head_gradient is not None:
             head_gradient = head_gradient + jnp.dot(
-                written(hidden.T), z_gradient, preferred_element_type=jnp.float32
+                rows_last(hidden), z_gradient, preferred_element_type=jnp.float32
             )
         hidden_gradient = None
         if wants_hidden.yes:
-            hidden_gradient = jax.lax.dot_general(
-                z_gradient, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            ).astype(hidden.dtype)
+            hidden_gradient = _dot(z_gradient, head, not scored.tied).astype(hidden.dtype)
         return head_gradient, hidden_gradient
 
-    start = jnp.zeros(head.shape, jnp.float32) if wants_head.yes else None
+    whole = head.shape[::-1] if scored.tied else head.shape
+    start = jnp.zeros(whole, jnp.float32) if wants_head.yes else None
     rows = (hidden, targets, log_z, entropy, *slopes)
     if scored.chunks == 1:
         head_gradient, hidden_gradient = chunk(start, rows)
@@ -240,8 +252,11 @@ def _backward(scored: _Scored, saved: tuple, cotangents: tuple) -> tuple:
             hidden_gradient = _join(hidden_gradient, targets.shape[0])
     if hidden_gradient is None:
         hidden_gradient = jnp.zeros_like(hidden)
-    head_gradient = jnp.zeros_like(head) if head_gradient is None else head_gradient
-    return hidden_gradient, head_gradient.astype(head.dtype), None
+    if head_gradient is None:
+        return hidden_gradient, jnp.zeros_like(head), None
+    head_gradient = head_gradient.astype(head.dtype)
+    # Turned after the cast: XLA on CPUs would fold it into a bfloat16 dot that it cannot run.
+    return hidden_gradient, head_gradient.T if scored.tied else head_gradient, None
 
 
 def _logits_gradient(

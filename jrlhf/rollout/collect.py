@@ -21,6 +21,7 @@ import numpy as np
 from jrlhf.errors import CheckpointError, ConfigError, DataError
 from jrlhf.models.build import Net
 from jrlhf.models.build_encoder import AnyNet
+from jrlhf.ops.layout import jit
 from jrlhf.rollout import devices, summary
 from jrlhf.rollout.engine import Completion, Engine
 from jrlhf.rollout.rewards import Completions, Rewards, RewardSuite
@@ -76,7 +77,7 @@ class Plan:
         return np.random.default_rng([self.seed % 2**32, rollout, epoch]).permutation(self.rows)
 
 
-@functools.partial(jax.jit, static_argnames=("actor", "mesh"))
+@functools.partial(jit, static_argnames=("actor", "mesh"))
 def score(
     actor: Actor,
     trainable: PyTree,
@@ -91,7 +92,7 @@ def score(
     return Outputs(logps=out.logps, values=out.values)
 
 
-@functools.partial(jax.jit, static_argnames=("net", "mesh"))
+@functools.partial(jit, static_argnames=("net", "mesh"))
 def below(
     net: Net, params: PyTree, batch: Batch, *, mesh: jax.sharding.Mesh | None = None
 ) -> jax.Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.models.build_encoder import EncoderNet
 from jrlhf.models.encoder_spec import EncoderSpec
+from jrlhf.ops.layout import jit
 from jrlhf.rollout.devices import active
 from jrlhf.types import PyTree
 
@@ -53,7 +54,7 @@ def right_padded(
     return moved, np.count_nonzero(mask, axis=1).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("net", "mesh"))
+@functools.partial(jit, static_argnames=("net", "mesh"))
 def _scores(
     net: EncoderNet,
     params: PyTree,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jrlhf.errors import ModelError, RewardError
 from jrlhf.models.build_encoder import AnyNet, EncoderNet
 from jrlhf.models.tokenizer import same_tokenizer
+from jrlhf.ops.layout import jit
 from jrlhf.rollout.devices import active, agree_max, put, round_up, row_shards, to_host
 from jrlhf.rollout.engine import bucket, pad_rows
 from jrlhf.rollout.score import outputs
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from jrlhf.rollout.rewards import Completions
 
 
-@functools.partial(jax.jit, static_argnames=("net", "mesh"))
+@functools.partial(jit, static_argnames=("net", "mesh"))
 def _scores(
     net: AnyNet, params: PyTree, batch: Batch, mesh: jax.sharding.Mesh | None
 ) -> Float[Array, " b"] | None:

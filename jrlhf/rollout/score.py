@@ -50,8 +50,7 @@ def outputs(
         value_net, value_params: a separate value model; without it `net`'s own value head speaks.
 
     Returns:
-        Per-token arrays of the shape of `slots` (of `ids` without slots), or scores per row.
-        Everything that is not a scored token is exactly 0.
+        Arrays like `slots` (or `ids`), exactly 0 where no token is scored; or scores per row.
     """
     lead, rows = _rows(batch)
     hidden, visits = _routed(net, params, rows, wanted=routing)
@@ -70,6 +69,7 @@ def outputs(
         softcap=net.spec.final_softcap,
         entropy=entropy,
         vocab=net.spec.vocab_size,
+        tied=net.spec.tie_word_embeddings,
     )
     values = net.values(params, hidden) if net.spec.value_head and value_net is None else None
     if value_net is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jrlhf.config import steps_of
 from jrlhf.errors import ConfigError, suggest
+from jrlhf.train.adam import scale_by_adam
 from jrlhf.types import PyTree
 
 Factor = Callable[[Float[Array, ""]], Array]
@@ -106,13 +107,10 @@ def decay_mask(params: PyTree) -> PyTree:
 def _adamw(
     config: OptimizerFields, schedule: optax.Schedule, axes: PyTree | None
 ) -> optax.GradientTransformation:
-    return optax.adamw(
-        schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+    return optax.chain(
+        scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),
+        _decay(config),
+        optax.scale_by_learning_rate(schedule),
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
+from jrlhf.ops.layout import compiler_options
 from jrlhf.sharding.mesh import check_batch
 from jrlhf.sharding.place import batch_sharding, replicated
 from jrlhf.sharding.rules import DEFAULT, Rules, activate
+from jrlhf.train.adam import choose
 from jrlhf.train.state import TrainState
 from jrlhf.types import Batch, Loss, Max, Mean, Metric, Min, PyTree, Routing
 
@@ -80,7 +83,11 @@ def make_step(
         return new, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     out = None if shardings is None or mesh is None else (shardings, replicated(mesh))
-    return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=out)
+    return _compiled(step, donate_argnums=(0,) if donate else (), out_shardings=out)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 def _dropout_keys(seed: int, step: Int[Array, ""], rows: int) -> UInt32[Array, "b 2"]:
@@ -102,12 +109,13 @@ def _update(
     norm = optax.tree.norm(gradient)
     good = jnp.isfinite(norm) & jnp.isfinite(objective.total) & (objective.weight > 0)
     clipped = _clip(gradient, norm, max_grad_norm)
-    updates, moved = tx.update(clipped, state.opt_state, state.params)
+    advance = optax.with_extra_args_support(tx).update
+    updates, moved = advance(clipped, state.opt_state, state.params, good=good)
     new = TrainState(
         state.step + 1,
         state.skipped + (~good).astype(jnp.int32),
-        _choose(good, optax.apply_updates(state.params, updates), state.params),
-        _choose(good, moved, state.opt_state),
+        choose(good, optax.apply_updates(state.params, updates), state.params),
+        choose(good, moved, state.opt_state),
     )
     return new, norm
 
@@ -122,7 +130,7 @@ def make_evaluation(
         metrics as floats. Batches may be of different shapes; each shape compiles once.
     """
 
-    @jax.jit
+    @_compiled
     def sums(params: PyTree, frozen: PyTree, batch: Batch) -> Loss:
         with activate(mesh, rules):
             return loss(params, frozen, batch)
@@ -250,8 +258,3 @@ def _clip(gradient: PyTree, norm: Float[Array, ""], limit: float | None) -> PyTr
         return gradient
     scale = jnp.minimum(1.0, limit / (norm + 1e-6))
     return jax.tree.map(lambda g: g * scale, gradient)
-
-
-def _choose(good: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """Selects per leaf; XLA folds it into the update, so no second copy is kept."""
-    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

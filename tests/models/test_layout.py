@@ -40,6 +40,24 @@ def test_it_is_the_identity_also_for_gradients_and_on_a_mesh(rng: np.random.Gene
     np.testing.assert_array_equal(jax.jit(lambda x: layout.written(x.T) * 2)(cut), 2 * x.T)
 
 
+@pytest.mark.parametrize("shape", [(8, 48), (3, 5, 7), (6, 2, 64), (4, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, LOW])
+def test_rows_come_last_whether_or_not_they_fill_panels(
+    shape: tuple[int, ...], dtype: Any, rng: np.random.Generator
+) -> None:
+    x = jnp.asarray(rng.normal(size=shape), dtype)
+    wanted = np.moveaxis(np.asarray(x), 0, -1)
+    np.testing.assert_array_equal(jax.jit(layout.rows_last)(x), wanted)
+    with layout.target("tpu"):
+        np.testing.assert_array_equal(jax.jit(lambda x: layout.rows_last(x))(x), wanted)
+
+
+def test_rows_come_last_on_a_mesh_that_cuts_them(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.normal(size=(8, 6, 16)), jnp.float32)
+    cut = jax.device_put(x, NamedSharding(make_mesh("data=4,tensor=2"), P("data", "tensor")))
+    np.testing.assert_array_equal(jax.jit(layout.rows_last)(cut), np.moveaxis(x, 0, -1))
+
+
 def test_other_platforms_programs_are_left_alone() -> None:
     x = jnp.ones((2, 3))
     assert (
@@ -62,7 +80,7 @@ def test_off_a_cpu_rows_are_contracted_without_merging_axes_that_a_mesh_cuts(
 
 def tied_head(hidden: Any, table: Any) -> Any:
     targets = jnp.zeros(hidden.shape[0], jnp.int32)
-    return jnp.sum(token_logps(hidden.astype(LOW), table.astype(LOW).T, targets)[0])
+    return jnp.sum(token_logps(hidden.astype(LOW), table.astype(LOW).T, targets, tied=True)[0])
 
 
 def linear(x: Any, w: Any) -> Any:
@@ -96,3 +114,39 @@ def test_no_bfloat16_dot_is_widened(case: str, rng: np.random.Generator) -> None
             if (kinds[a] + kinds[b]).count("bf16") != 2]  # fmt: skip
     assert not wide
     jax.block_until_ready(step(*arguments))  # it runs, too: some JAX refuse such dots when running
+
+
+def stacked(x: Any, stack: Any) -> Any:
+    """Layers that keep something in bfloat16 for the way back."""
+
+    def layer(x: Any, w: Any) -> tuple[Any, None]:
+        return jnp.tanh(dot(x.astype(LOW), w, 1, "bfloat16")), None
+
+    return jnp.sum(jax.lax.scan(layer, x, stack)[0])
+
+
+@on_cpu
+def test_no_stack_of_layers_is_widened_in_front_of_its_loop(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.normal(size=(24, 32)), jnp.float32)
+    stack = jnp.asarray(rng.normal(size=(6, 32, 32)), LOW)
+
+    def widened(options: dict[str, str] | None) -> list[str]:
+        step = jax.jit(jax.grad(stacked, argnums=(0, 1)), compiler_options=options)
+        program = step.lower(x, stack).compile().as_text()
+        entry = program[program.index("ENTRY") :]
+        return re.findall(r"convert\S* = (f32\[6,\d+,32\])", entry)
+
+    assert not widened(layout.compiler_options())
+    if jax.__version_info__ < (0, 11):  # later XLA leaves them alone by itself
+        assert set(widened(None)) == {"f32[6,32,32]", "f32[6,24,32]"}
+
+
+def test_what_is_compiled_so_gives_the_same_and_keeps_its_name(rng: np.random.Generator) -> None:
+    def twice(x: Any, *, times: int = 2) -> Any:
+        """Multiplies."""
+        return times * x
+
+    call = layout.jit(twice, static_argnames=("times",))
+    assert (call(jnp.ones(3), times=3) == 3).all()
+    assert (call(jnp.ones(3)) == 2).all()
+    assert (call.__name__, call.__doc__) == ("twice", "Multiplies.")

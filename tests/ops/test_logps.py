@@ -119,6 +119,30 @@ def test_without_entropy_everything_else_is_the_same(rng):
     np.testing.assert_array_equal(gradient, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[-1]])
+def test_a_tied_head_is_the_same_head(rng, setting, chunk, dtype):
+    hidden, head, targets = arrays(rng, vocab=setting.get("vocab"))
+    head = head.astype(dtype)
+
+    def results(tied):
+        def total(hidden, head):
+            out = token_logps(hidden, head, targets, chunk=chunk, tied=tied, **setting)
+            return jnp.sum(out[0] * (1 + targets).astype(jnp.float32)) + jnp.sum(
+                jnp.sin(out[1])
+            ), out
+
+        grads, out = jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, head)
+        logits = jax.jit(functools.partial(head_logits, tied=tied, **setting))(hidden, head)
+        return [np.asarray(x, np.float32) for x in (*grads, *out, logits)]
+
+    near = 1e-6 if dtype == jnp.float32 else 1e-2  # one step of bfloat16 is 8e-3
+    for found, wanted in zip(results(True), results(False), strict=True):
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, rtol=near, atol=near * np.abs(wanted).max())
+
+
 def test_of_equal_logits_the_first_is_the_top_one():
     targets = jnp.array([0, 1, 2])
     *_, correct = token_logps(jnp.zeros((3, 2)), jnp.ones((2, 4)), targets)
