@@ -6,6 +6,8 @@ import contextlib
 import contextvars
 import functools
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,29 +42,56 @@ def target(name: str | None) -> Iterator[None]:
         _target.reset(token)
 
 
-def compiler_options() -> dict[str, str] | None:
-    """For `jax.jit`, of programs that scan over layers.
+LOOPS = "while-loop-invariant-code-motion"
 
-    On CPUs nothing is moved out of the loop. XLA has no slices of bfloat16 there, and what it moves
-    is the widening of a whole stack: of weights, or of all that layers keep for the way back.
+
+def compiler_options(mesh: jax.sharding.Mesh | None = None) -> dict[str, str] | None:
+    """For `jax.jit`, of programs that scan over layers; the mesh says for what platform.
+
+    On CPUs XLA's pass that moves code out of loops is left out. XLA has no slices of bfloat16
+    there, and what it moves is the widening of a whole stack: of weights, or of all that layers
+    keep for the way back. Passes that XLA_FLAGS leaves out are left out too.
     """
-    if platform() != "cpu":
+    here = platform() if mesh is None else platform_of(mesh.devices.flat[0])
+    if here != "cpu":
         return None
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    given = re.findall(r"--xla_disable_hlo_passes=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    return {"xla_disable_hlo_passes": ",".join([*given[-1:], LOOPS])}
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` with `compiler_options`, made at the first call: an import starts no backend."""
+class jit:
+    """`jax.jit` with `compiler_options`, made at the first call: an import starts no backend.
 
-    @functools.cache
-    def made() -> Callable[..., Any]:
-        return jax.jit(function, compiler_options=compiler_options(), **options)
+    Called while another program is traced it becomes a part of that one, whose own options count:
+    JAX takes options for whole programs alone.
+    """
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return made()(*args, **kwargs)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        **options: Any,
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._part = jax.jit(function, **options)
+        self._make = functools.cache(
+            lambda: jax.jit(function, compiler_options=compiler_options(mesh), **options)
+        )
 
-    return call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Within a program every new array is traced too.
+        leaves = (jnp.zeros(()), *jax.tree.leaves((args, kwargs)))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self._part(*args, **kwargs)
+        return self._make()(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        return self._make().lower(*args, **kwargs)
+
+    def _cache_size(self) -> int:
+        made: Any = self._make()
+        return made._cache_size()
 
 
 def written(x: Array) -> Array:
@@ -88,4 +117,4 @@ def rows_last(x: Array) -> Array:
         return written(jnp.moveaxis(x, 0, -1))
     panels = x.reshape(-1, size // width, width).transpose(1, 0, 2)
     panels = lax.optimization_barrier(written(panels))
-    return written(panels.transpose(0, 2, 1)).reshape(*x.shape[1:], -1)
+    return written(panels.transpose(0, 2, 1)).reshape(*x.shape[1:], x.shape[0])

@@ -14,7 +14,10 @@ from jrlhf.types import PyTree
 
 
 class Moments(NamedTuple):
-    """The state of `scale_by_adam`, whose update itself keeps the old one where told to.
+    """The state of `scale_by_adam`.
+
+    A step that may be left out gives `good` to the update, which then returns the old moments;
+    `choose` relies on it, so a transformation around this one has to pass the argument on.
 
     Attributes:
         count: updates so far; named as in optax's state, and so in checkpoints.

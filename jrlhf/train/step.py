@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
-from jrlhf.ops.layout import compiler_options
+from jrlhf.ops.layout import jit
 from jrlhf.sharding.mesh import check_batch
 from jrlhf.sharding.place import batch_sharding, replicated
 from jrlhf.sharding.rules import DEFAULT, Rules, activate
@@ -73,7 +73,7 @@ def make_step(
         with activate(mesh, rules):
             micro = _split(batch, accumulate, mesh)
             gradient, sums = _accumulate(loss, state.params, frozen, micro)
-        new, norm = _update(tx, state, gradient, sums.objective, max_grad_norm)
+            new, norm = _update(tx, state, gradient, sums.objective, max_grad_norm)
         metrics = {"loss": sums.value(), **_values(sums.metrics)}
         metrics |= {"grad_norm": norm, "skipped_steps": new.skipped}
         if schedule is not None:
@@ -83,11 +83,7 @@ def make_step(
         return new, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     out = None if shardings is None or mesh is None else (shardings, replicated(mesh))
-    return _compiled(step, donate_argnums=(0,) if donate else (), out_shardings=out)
-
-
-def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return jax.jit(function, compiler_options=compiler_options(), **options)
+    return jit(step, mesh=mesh, donate_argnums=(0,) if donate else (), out_shardings=out)
 
 
 def _dropout_keys(seed: int, step: Int[Array, ""], rows: int) -> UInt32[Array, "b 2"]:
@@ -130,7 +126,7 @@ def make_evaluation(
         metrics as floats. Batches may be of different shapes; each shape compiles once.
     """
 
-    @_compiled
+    @functools.partial(jit, mesh=mesh)
     def sums(params: PyTree, frozen: PyTree, batch: Batch) -> Loss:
         with activate(mesh, rules):
             return loss(params, frozen, batch)

@@ -150,3 +150,23 @@ def test_what_is_compiled_so_gives_the_same_and_keeps_its_name(rng: np.random.Ge
     assert (call(jnp.ones(3), times=3) == 3).all()
     assert (call(jnp.ones(3)) == 2).all()
     assert (call.__name__, call.__doc__) == ("twice", "Multiplies.")
+
+
+def test_it_may_be_part_of_another_program_and_of_a_gradient() -> None:
+    call = layout.jit(lambda x: jnp.sum(x**2))
+    x = jnp.arange(3.0)
+    for change in (jax.grad, lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))):
+        np.testing.assert_array_equal(change(call)(x), 2 * x)
+    rows = jnp.stack([x, 2 * x])
+    np.testing.assert_array_equal(jax.vmap(call)(rows), jax.lax.map(call, rows))
+    assert float(jax.jit(lambda: call(np.ones(3, np.float32)))()) == 3.0  # nothing traced goes in
+    assert jax.eval_shape(call, x).shape == ()
+
+
+@on_cpu
+def test_the_users_own_passes_stay_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_x=1 --xla_disable_hlo_passes=fusion,cse --a=b")
+    options = layout.compiler_options()
+    assert options == {"xla_disable_hlo_passes": f"fusion,cse,{layout.LOOPS}"}
+    with layout.target("tpu"):
+        assert layout.compiler_options() is None
