@@ -80,8 +80,8 @@ class jit:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Within a program every new array is traced too.
-        leaves = (jnp.zeros(()), *jax.tree.leaves((args, kwargs)))
+        # Within a program every new array is traced too. This one comes without a transfer.
+        leaves = (lax.iota(jnp.int32, 1), *jax.tree.leaves((args, kwargs)))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self._part(*args, **kwargs)
         return self._make()(*args, **kwargs)
