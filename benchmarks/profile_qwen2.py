@@ -117,7 +117,8 @@ def look(task: str, dtype: str, size: Size, model: Path, rounds: int) -> list[di
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], alone=True)
-    parser.add_argument("--task", nargs="+", default=["forward", "step"])
+    parser.add_argument("--task", nargs="+", default=["forward", "step"],
+                        choices=["forward", "step"])  # fmt: skip
     options = parser.parse_args()
     size = bench_qwen2.QUICK if options.quick else bench_qwen2.FULL
     options.rounds = options.rounds or (3 if options.quick else 15)

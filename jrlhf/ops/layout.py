@@ -74,24 +74,32 @@ class jit:
         **options: Any,
     ) -> None:
         functools.update_wrapper(self, function)
-        self._part = jax.jit(function, **options)
-        self._make = functools.cache(
-            lambda: jax.jit(function, compiler_options=compiler_options(mesh), **options)
-        )
+        self._part: Any = jax.jit(function, **options)
+
+        def whole() -> Any:
+            wanted = compiler_options(mesh)
+            return jax.jit(function, compiler_options=wanted, **options) if wanted else self._part
+
+        self._whole = functools.cache(whole)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Within a program every new array is traced too. This one comes without a transfer.
-        leaves = (lax.iota(jnp.int32, 1), *jax.tree.leaves((args, kwargs)))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        whole = self._whole()
+        if whole is not self._part and _traced((args, kwargs)):
             return self._part(*args, **kwargs)
-        return self._make()(*args, **kwargs)
+        return whole(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        return self._make().lower(*args, **kwargs)
+        return self._whole().lower(*args, **kwargs)
 
     def _cache_size(self) -> int:
-        made: Any = self._make()
-        return made._cache_size()
+        return int(self._whole()._cache_size())
+
+
+def _traced(tree: Any) -> bool:
+    """Whether a program is being traced, or a gradient taken, where this is called."""
+    # Within a program every new array is traced. This one comes without a transfer.
+    leaves = (lax.iota(jnp.int32, 1), *jax.tree.leaves(tree))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def written(x: Array) -> Array:

@@ -31,7 +31,7 @@ class Moments(NamedTuple):
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` with the argument `good`: without it the moments stay the same bits.
+    """`optax.scale_by_adam` with the argument `good`: where False, the moments stay as they are.
 
     Left to itself XLA on CPUs makes the moments a second time within the parameters' update. That
     reads the old ones, so both are copied before they are overwritten. Here they are chosen, then

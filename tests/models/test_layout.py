@@ -141,7 +141,7 @@ def test_no_stack_of_layers_is_widened_in_front_of_its_loop(rng: np.random.Gener
         assert set(widened(None)) == {"f32[6,32,32]", "f32[6,24,32]"}
 
 
-def test_what_is_compiled_so_gives_the_same_and_keeps_its_name(rng: np.random.Generator) -> None:
+def test_what_is_compiled_so_gives_the_same_and_keeps_its_name() -> None:
     def twice(x: Any, *, times: int = 2) -> Any:
         """Multiplies."""
         return times * x

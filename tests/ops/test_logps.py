@@ -129,9 +129,8 @@ def test_a_tied_head_is_the_same_head(rng, setting, chunk, dtype):
     def results(tied):
         def total(hidden, head):
             out = token_logps(hidden, head, targets, chunk=chunk, tied=tied, **setting)
-            return jnp.sum(out[0] * (1 + targets).astype(jnp.float32)) + jnp.sum(
-                jnp.sin(out[1])
-            ), out
+            weights = (1 + targets).astype(jnp.float32)
+            return jnp.sum(out[0] * weights + jnp.sin(out[1])), out
 
         grads, out = jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, head)
         logits = jax.jit(functools.partial(head_logits, tied=tied, **setting))(hidden, head)
