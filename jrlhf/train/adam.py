@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
-from jrlhf.ops.layout import platform
 from jrlhf.types import PyTree
 
 
@@ -34,8 +33,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     """`optax.scale_by_adam` with the argument `good`: where False, the moments stay as they are.
 
     Left to itself XLA on CPUs makes the moments a second time within the parameters' update. That
-    reads the old ones, so both are copied before they are overwritten. Here they are chosen, then
-    written, then read.
+    reads the old ones, so both are copied before they are overwritten. Here they are chosen first,
+    and what was chosen is read.
     """
     plain = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
@@ -56,8 +55,6 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
             optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2),
         )
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
-        if platform() == "cpu":
-            kept = jax.lax.optimization_barrier(kept)
         mean = optax.tree.bias_correction(kept.mu, b1, moved.count)
         square = optax.tree.bias_correction(kept.nu, b2, moved.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), kept
