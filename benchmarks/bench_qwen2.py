@@ -193,7 +193,7 @@ def compare(task: str, dtype: str, size: Size, model: Path, options: Any, thread
                 more = {"work": Path(work), "threads": threads} if build is theirs_trainer else {}
                 runs[name] = build(model, ids, dtype, **more)
         apart = difference(runs)
-        times = take_turns(runs, rounds=options.rounds, clock=options.clock)
+        times = take_turns(runs, rounds=options.rounds, clock=options.clock, warm=True)
         for run in runs.values():
             getattr(run, "close", lambda: None)()
     count = size.rows * size.length

@@ -41,12 +41,22 @@ class Timing:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], None]], *, rounds: int, clock: str = "wall"
+    contenders: Mapping[str, Callable[[], None]],
+    *,
+    rounds: int,
+    clock: str = "wall",
+    warm: bool = False,
 ) -> dict[str, Timing]:
-    """Runs every contender once per round, after one round that does not count."""
+    """Runs every contender once per round, after one round that does not count.
+
+    With `warm` twice, of which the second counts, as one step follows another in training: on a
+    virtual machine, memory that lies free while others have their turns goes back to the host.
+    """
     now, times = CLOCKS[clock], {name: Timing([]) for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
+            if warm:
+                run()
             begun = now()
             run()
             if turn:
@@ -149,6 +159,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "load_average": round(os.getloadavg()[0], 2),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
     }
 
 

@@ -5,9 +5,12 @@ Only the chosen verb is imported, so that `--help` and a misspelt verb answer at
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import re
 import sys
+from pathlib import Path
 
 from jrlhf.errors import ConfigError, JrlhfError, suggest
 
@@ -64,5 +67,39 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def run() -> int:
+    """What the program `jrlhf` runs: `main`, with huge pages where the verb has a model."""
+    if sys.argv[1:2] and sys.argv[1] in VERBS and sys.argv[1] != "report":
+        ask_for_huge_pages()
+    return main()
+
+
+def ask_for_huge_pages() -> None:
+    """Starts this process again (the same one, by `exec`) with `glibc.malloc.hugetlb=1`.
+
+    On CPUs XLA takes its working memory anew for every step. In pages of 4 KB the kernel takes 7
+    to 10 % of a step to hand it out (`docs/results.md`), and glibc reads the setting only where a
+    process starts. A setting in GLIBC_TUNABLES stays; nothing is done where the kernel gives huge
+    pages unasked or never, or glibc is older than 2.35.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in tunables or not huge_pages_on_request():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def huge_pages_on_request() -> bool:
+    """Whether the kernel gives huge pages to those who ask, and glibc can ask."""
+    try:
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except (AttributeError, OSError, ValueError):  # no Linux, or another libc
+        return False
+    version = tuple(int(number) for number in re.findall(r"\d+", libc)[:2])
+    return version >= (2, 35) and "[madvise]" in modes
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

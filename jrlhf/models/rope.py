@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jrlhf.models.spec import RopeSpec
+from jrlhf.ops.layout import joined
 
 
 class Rotation(NamedTuple):
@@ -156,13 +157,13 @@ def rotate(
     width = 2 * r.cos.shape[-1]
     if width < x.shape[-1]:
         turned = rotate(x[..., :width], r, interleaved=interleaved)
-        return jnp.concatenate((turned, x[..., width:]), axis=-1)
+        return joined(turned, x[..., width:])
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     cos, sin = r.cos[:, :, None, :], r.sin[:, :, None, :]
     pair = (first * cos - second * sin, second * cos + first * sin)
     if interleaved:
         return jnp.stack(pair, axis=-1).reshape(x.shape)
-    return jnp.concatenate(pair, axis=-1)
+    return joined(*pair)
 
 
 def document_lengths(

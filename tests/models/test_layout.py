@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jrlhf.models.attention import Scoring, attend_causal
 from jrlhf.models.layers import dot, weight_gradient
+from jrlhf.models.rope import Rotation, rotate
 from jrlhf.ops import layout
 from jrlhf.ops.logps import token_logps
 from jrlhf.sharding.mesh import make_mesh
@@ -50,6 +51,34 @@ def test_rows_come_last_whether_or_not_they_fill_panels(
     np.testing.assert_array_equal(jax.jit(layout.rows_last)(x), wanted)
     with layout.target("tpu"):
         np.testing.assert_array_equal(jax.jit(lambda x: layout.rows_last(x))(x), wanted)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 1), (1, 6)])
+def test_joined_is_a_concatenation_to_the_bit(
+    sizes: tuple[int, int], rng: np.random.Generator
+) -> None:
+    first, second = (jnp.asarray(rng.normal(size=(2, 5, n)), jnp.float32) for n in sizes)
+    first, second = first.at[0, 0, 0].set(-0.0), second.at[0, 0, -1].set(jnp.nan)
+    weight = jnp.asarray(rng.normal(size=(2, 5, sum(sizes))), jnp.float32)
+
+    def pulled(join: Any) -> Any:
+        whole, pull = jax.vjp(join, first, second)
+        return (whole, *pull(weight))
+
+    wanted = pulled(lambda *both: jnp.concatenate(both, axis=-1))
+    for found, right in zip(pulled(layout.joined), wanted, strict=True):
+        bits = [np.asarray(x).view(np.int32) for x in (found, right)]
+        np.testing.assert_array_equal(*bits)
+
+
+@on_cpu
+def test_a_turn_is_no_concatenation(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.normal(size=(2, 8, 4, 16)), jnp.float32)
+    angles = jnp.asarray(rng.normal(size=(1, 8, 8)), jnp.float32)
+    for pairs in (8, 4):  # of all 16 channels, of half of them
+        r = Rotation(jnp.cos(angles[..., :pairs]), jnp.sin(angles[..., :pairs]))
+        program = jax.jit(rotate).lower(x, r).compile().as_text()
+        assert "concatenate(" not in program
 
 
 def test_rows_come_last_on_a_mesh_that_cuts_them(rng: np.random.Generator) -> None:
