@@ -77,9 +77,9 @@ def run() -> int:
 def ask_for_huge_pages() -> None:
     """Starts this process again (the same one, by `exec`) with `glibc.malloc.hugetlb=1`.
 
-    On CPUs XLA takes its working memory anew for every step. In pages of 4 KB the kernel takes 7
-    to 10 % of a step to hand it out (`docs/results.md`), and glibc reads the setting only where a
-    process starts. A setting in GLIBC_TUNABLES stays; nothing is done where the kernel gives huge
+    On CPUs XLA takes its working memory anew for every step. In pages of 4 KB a step
+    takes 7 to 10 % longer (`docs/results.md`), and glibc reads the setting only where a process
+    starts. A setting in GLIBC_TUNABLES stays; nothing is done where the kernel gives huge
     pages unasked or never, or glibc is older than 2.35.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
